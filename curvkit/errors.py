@@ -1,0 +1,35 @@
+"""What can go wrong, one class per kind of remedy.
+
+Every message has four parts: what was being done, what was found, what is allowed, and what to do next.
+The command line maps each class to one exit code; `__init__` of no class takes more than the message.
+"""
+
+from __future__ import annotations
+
+
+class CurvkitError(Exception):
+    """Root of every error that curvkit raises on purpose."""
+
+
+class InvalidArgument(CurvkitError, ValueError):
+    """An argument has a value that is not allowed; the message names the argument, the value and the allowed ones."""
+
+
+class UnknownObjective(CurvkitError):
+    """Model, loss or data are not known, or do not fit each other or the weights."""
+
+
+class UnsupportedModel(CurvkitError):
+    """The method cannot treat this model or loss correctly, so it refuses; the message names the module."""
+
+
+class RefusedCheckpoint(CurvkitError):
+    """A file is damaged, unsafe or of a kind that is not read; nothing of it was executed."""
+
+
+class NotConverged(CurvkitError):
+    """A result was demanded that the computation did not reach within its budget."""
+
+
+class MissingExtra(CurvkitError, ImportError):
+    """An optional package is needed; the message has the install command."""

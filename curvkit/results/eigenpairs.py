@@ -1,0 +1,60 @@
+"""Eigenvalues with what is known of their error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvkit.parameters import ParameterSpace
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenpairs:
+    """Approximate eigenpairs A v = lambda v of a symmetric matrix, in descending order of lambda.
+
+    Each value is the Rayleigh quotient v'Av. For every i at least one eigenvalue of A lies in
+    [values[i] - residuals[i] - rounding, values[i] + residuals[i] + rounding]; of its multiplicity
+    see `multiplicities_below`.
+    """
+
+    values: Tensor
+    """[k] float64 on the CPU, descending; unit: loss / parameter^2 where A is a Hessian."""
+    residuals: Tensor
+    """[k] float64, ||A v - lambda v|| for unit v, in the unit of `values`."""
+    converged: Tensor
+    """[k] bool: the residual is at most tolerance * max(|value|, scale / 100)."""
+    vectors: Tensor | None
+    """[n, k] orthonormal, in the order of `space`; None in a partial result."""
+    recomputed: bool
+    """True: the residuals come from true products with these vectors; False: they are the recurrence's estimates."""
+    which: str
+    """Which end of the spectrum was asked for: largest, smallest, both, magnitude."""
+    tolerance: float
+    scale: float
+    """Largest |eigenvalue| seen: the estimate of ||A||."""
+    rounding: float
+    """Allowance for the rounding of a product, in the unit of `values`."""
+    products: int
+    """Products with A in all, those for the residuals included."""
+    upper_bound: float | None = None
+    """With probability `confidence` over the random start no eigenvalue lies above this; None: no such claim."""
+    lower_bound: float | None = None
+    """With probability `confidence` over the random start no eigenvalue lies below this; None: no such claim."""
+    confidence: float | None = None
+    """Of the two bounds; 1 where the whole space was spanned."""
+    multiplicities_below: int = 1
+    """An eigenvalue that is listed fewer times than this has that multiplicity; 1 claims nothing."""
+    space: ParameterSpace | None = None
+
+    @property
+    def intervals(self) -> Tensor:
+        """[k, 2]: the lower and upper end of each eigenvalue's interval."""
+        half = self.residuals + self.rounding
+        return torch.stack([self.values - half, self.values + half], dim=1)
+
+    @property
+    def all_converged(self) -> bool:
+        """Whether every residual was recomputed and is within the tolerance."""
+        return self.recomputed and bool(self.converged.all())
