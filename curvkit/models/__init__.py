@@ -2,8 +2,8 @@
 
     BUILDERS = {"mlp": MLP, "resnet": ResNet, "decoder": Decoder}
 
-They are complete rather than minimal: between them they have batch statistics, tied parameters, fused attention and
-non-persistent buffers, which are the places where curvature code goes wrong.
+They are complete rather than minimal: between them they have batch statistics, tied parameters, fused
+attention and non-persistent buffers, which are the places where curvature code goes wrong.
 """
 
 from __future__ import annotations

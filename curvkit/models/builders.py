@@ -21,9 +21,10 @@ BUILDERS: Mapping[str, type[nn.Module]] = MappingProxyType({"mlp": MLP, "resnet"
 def build(name: str, kwargs: Mapping[str, object]) -> nn.Module:
     """Build the model that a recipe names.
 
-    Names and keywords are checked here, values by the constructor. Nothing is imported and no default is guessed, so
-    name and keywords may come from a file that is not trusted; sizes are not bounded, so such a file can still ask for
-    a model larger than memory. Under `torch.device("meta")` that costs nothing; see `Decoder.restore_derived`.
+    Names and keywords are checked here, values by the constructor. Nothing is imported and no default is
+    guessed, so name and keywords may come from a file that is not trusted; sizes are not bounded, so such a
+    file can still ask for a model larger than memory. Under `torch.device("meta")` that costs nothing; see
+    `Decoder.restore_derived`.
 
     Args:
         name: A key of `BUILDERS`.
@@ -33,7 +34,8 @@ def build(name: str, kwargs: Mapping[str, object]) -> nn.Module:
         The model in training mode, initialised from the global random state as torch's modules are.
 
     Raises:
-        InvalidArgument: If the name is unknown, kwargs is no mapping, a keyword is unknown or missing, or the class refuses a value.
+        InvalidArgument: If the name is unknown, kwargs is no mapping, a keyword is unknown or missing, or the
+            class refuses a value.
 
     Example:
         >>> build("mlp", {"sizes": [4, 2]})
@@ -58,7 +60,9 @@ def build(name: str, kwargs: Mapping[str, object]) -> nn.Module:
             f"build: {name!r} has no keyword argument {unknown[0]!r}. It takes {_listed(parameters)}. "
             f"{_nearest(unknown[0], parameters)}Remove or rename it in the recipe."
         )
-    missing = [key for key, p in parameters.items() if p.default is inspect.Parameter.empty and key not in kwargs]
+    missing = [
+        key for key, p in parameters.items() if p.default is inspect.Parameter.empty and key not in kwargs
+    ]
     if missing:
         raise InvalidArgument(
             f"build: {name!r} was given {_listed(kwargs) or 'nothing'} and lacks {_listed(missing)}. "

@@ -12,12 +12,13 @@ from curvkit.errors import InvalidArgument, MissingExtra
 
 
 def topics_text() -> str:
-    """Return Python's own language reference as `help()` shows it: about half a million characters of English.
+    """Return Python's own language reference as `help()` shows it: about half a million characters of
+    English.
 
-    The topics are joined by newlines, in the sorted order of their keys. The text belongs to the running Python: from
-    3.10 to 3.13 it has 459 to 511 thousand characters, printable ASCII and nine typographic ones, and neither the
-    text nor the alphabet is the same in all of them. A model trained on it needs its vocabulary and its
-    calibration windows stored beside it.
+    The topics are joined by newlines, in the sorted order of their keys. The text belongs to the running
+    Python: from 3.10 to 3.13 it has 459 to 511 thousand characters, printable ASCII and nine typographic
+    ones, and neither the text nor the alphabet is the same in all of them. A model trained on it needs its
+    vocabulary and its calibration windows stored beside it.
 
     Returns:
         The text.
@@ -25,7 +26,8 @@ def topics_text() -> str:
     Raises:
         MissingExtra: If this Python came without the module, or with one of another kind.
 
-    Source: `pydoc_data.topics`, generated from the documentation of CPython (Python Software Foundation License).
+    Source: `pydoc_data.topics`, generated from the documentation of CPython (Python Software Foundation
+    License).
 
     Example:
         >>> len(topics_text()) > 400_000
@@ -52,7 +54,8 @@ class CharacterVocabulary:
     """A one-to-one map between characters and the numbers 0 to V - 1.
 
     Attributes:
-        characters: The alphabet; character i has number i. Each occurs once, and is printable, a newline or a tab.
+        characters: The alphabet; character i has number i. Each occurs once, and is printable, a newline or a
+            tab.
 
     Raises:
         InvalidArgument: If the alphabet is empty, repeats a character, or has one that does not print.

@@ -18,8 +18,8 @@ class Decoder(nn.Module):
         x = E[tokens];   x += Attention(RMSNorm(x));  x += SwiGLU(RMSNorm(x))  (depth times);   logits = RMSNorm(x) H^T
 
     Positions are rotary, there are no biases and no dropout. With `tied`, H is E: `head.weight` and
-    `embedding.weight` are one Parameter object, as in GPT-2 and small Llamas. Attention uses torch's default dispatch,
-    whose fused kernels cannot be differentiated twice; see `Attention`.
+    `embedding.weight` are one Parameter object, as in GPT-2 and small Llamas. Attention uses torch's default
+    dispatch, whose fused kernels cannot be differentiated twice; see `Attention`.
 
     Args:
         vocabulary: V, number of tokens.
@@ -34,15 +34,15 @@ class Decoder(nn.Module):
     Shapes: tokens [N, T] int64, T <= context -> logits [N, T, V].
 
     Raises:
-        InvalidArgument: If a size is not an integer >= 1, heads does not divide width into even parts, or tied is not a
-            bool.
+        InvalidArgument: If a size is not an integer >= 1, heads does not divide width into even parts, or
+            tied is not a bool.
 
     Parameters: (1 if tied else 2) V w + L (4 w^2 + 3 w f + 2 w) + w.
-    Initialisation: N(0, 0.02^2), and N(0, 0.02^2 / (2 L)) for the two maps of each layer that add to x; norms are
-    ones. Drawn from the global random state.
+    Initialisation: N(0, 0.02^2), and N(0, 0.02^2 / (2 L)) for the two maps of each layer that add to x; norms
+    are ones. Drawn from the global random state.
     Cost: about 2 flop per parameter and token forward, and 4 L T w per token for the attention scores.
-    Precision: computed in the parameters' dtype throughout. `model.to(torch.float64)` keeps the rotary tables as
-    rounded to float32, so that it is the same function; `restore_derived` computes them afresh.
+    Precision: computed in the parameters' dtype throughout. `model.to(torch.float64)` keeps the rotary tables
+    as rounded to float32, so that it is the same function; `restore_derived` computes them afresh.
     Source: Touvron et al. (2023), "LLaMA"; initialisation of Radford et al. (2019), GPT-2.
 
     Example:
@@ -70,7 +70,9 @@ class Decoder(nn.Module):
         check_count("Decoder", "heads", heads, "the number of attention heads", 4)
         check_count("Decoder", "context", context, "the greatest length of a sequence", 128)
         hidden = 8 * -(-width // 3) if hidden is None else hidden
-        check_count("Decoder", "hidden", hidden, "the inner width of the feed-forward layers", 8 * -(-width // 3))
+        check_count(
+            "Decoder", "hidden", hidden, "the inner width of the feed-forward layers", 8 * -(-width // 3)
+        )
         if width % heads or (width // heads) % 2:
             allowed = [h for h in range(1, width // 2 + 1) if width % h == 0 and (width // h) % 2 == 0]
             raise InvalidArgument(
@@ -101,9 +103,10 @@ class Decoder(nn.Module):
     def restore_derived(self) -> None:
         """Rebuild what no state dict carries: the rotary tables, and the head's tie to the embedding.
 
-        Call it after a model built on the meta device has received its weights, by `to_empty` and `load_state_dict` or
-        by `load_state_dict(..., assign=True)`: both break ties and leave non-persistent buffers without values. The
-        tables take the device and dtype of the embedding. With `tied`, the embedding's weight is the one kept.
+        Call it after a model built on the meta device has received its weights, by `to_empty` and
+        `load_state_dict` or by `load_state_dict(..., assign=True)`: both break ties and leave non-persistent
+        buffers without values. The tables take the device and dtype of the embedding. With `tied`, the
+        embedding's weight is the one kept.
 
         Cost: context * width / heads numbers are computed on the CPU.
 

@@ -53,12 +53,15 @@ def rotary_tables(context: int, head_width: int) -> tuple[Tensor, Tensor]:
         torch.Size([8, 2])
     """
     pairs = torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu")
-    angles = torch.outer(torch.arange(context, dtype=torch.float64, device="cpu"), ROTARY_BASE ** (-pairs / head_width))
+    angles = torch.outer(
+        torch.arange(context, dtype=torch.float64, device="cpu"), ROTARY_BASE ** (-pairs / head_width)
+    )
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pair (x_i, x_{i + D/2}) at position t by its angle, so that <q_t, k_s> depends on t - s alone.
+    """Rotate the pair (x_i, x_{i + D/2}) at position t by its angle, so that <q_t, k_s> depends on t - s
+    alone.
 
     Args:
         x: Queries or keys, [..., T, D].
@@ -68,7 +71,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         [..., T, D], of the same length as x at every position.
 
-    Source: Su et al. (2021). Differs: halves are paired as in the Llama checkpoints of Hugging Face, not neighbours.
+    Source: Su et al. (2021). Differs: halves are paired as in the Llama checkpoints of Hugging Face, not
+    neighbours.
 
     Example:
         >>> cos, sin = rotary_tables(1, 2)
@@ -80,10 +84,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention: out = W_o concat_h softmax(Q_h K_h^T / sqrt(D) + causal) V_h, with rotary Q and K.
+    """Causal self-attention: out = W_o concat_h softmax(Q_h K_h^T / sqrt(D) + causal) V_h, with rotary Q and
+    K.
 
-    It calls `F.scaled_dot_product_attention` with torch's default dispatch. The fused kernels that this may pick
-    have no second derivative: to differentiate twice, run under
+    It calls `F.scaled_dot_product_attention` with torch's default dispatch. The fused kernels that this may
+    pick have no second derivative: to differentiate twice, run under
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
 
     Args:
@@ -116,7 +121,8 @@ class Attention(nn.Module):
             [N, T, w].
         """
         q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
         )  # [N, H, T, D]
         mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         return self.output(mixed.transpose(1, 2).flatten(2))  # [N, H, T, D] -> [N, T, w]

@@ -19,19 +19,21 @@ class MLP(nn.Sequential):
 
         z_0 = flatten(x),   a_i = W_i z_i + b_i,   z_{i+1} = phi(a_i),   outputs = a_{L-1}
 
-    The children are `linear0`, `activation0`, `linear1`, ..., in order, and the class is an `nn.Sequential`: tools
-    that walk containers (BackPACK's second-order extensions) meet no module that they do not know. The last affine
-    map has no activation. For part of the network write `nn.Sequential(*list(model)[:2])`; a slice `model[:2]` would
-    call this constructor.
+    The children are `linear0`, `activation0`, `linear1`, ..., in order, and the class is an `nn.Sequential`:
+    tools that walk containers (BackPACK's second-order extensions) meet no module that they do not know. The
+    last affine map has no activation. For part of the network write `nn.Sequential(*list(model)[:2])`; a
+    slice `model[:2]` would call this constructor.
 
     Args:
         sizes: Layer widths [d_0, ..., d_L], L >= 1: inputs, hidden layers, outputs.
-        activation: phi. "relu" has a Hessian of zero almost everywhere; "tanh" and "gelu" (the exact one) are smooth.
+        activation: phi. "relu" has a Hessian of zero almost everywhere; "tanh" and "gelu" (the exact one) are
+            smooth.
 
     Shapes: inputs [N, ...] with d_0 numbers per example -> outputs [N, d_L].
 
     Raises:
-        InvalidArgument: If a size is not an integer >= 1, there are fewer than two, or the activation is unknown.
+        InvalidArgument: If a size is not an integer >= 1, there are fewer than two, or the activation is
+            unknown.
 
     Parameters: sum_i (d_i + 1) d_{i+1}, initialised by `nn.Linear` from the global random state.
     Cost: 2 N sum_i d_i d_{i+1} floating point operations per forward pass.

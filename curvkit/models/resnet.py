@@ -15,8 +15,8 @@ class ResidualBlock(nn.Module):
 
         y = relu(BN(conv(relu(BN(conv(x))))) + s(x))
 
-    s is the identity; where the block halves the image and widens the channels, s takes every second pixel and pads
-    the new channels with zeros (half of them before the old ones, half after).
+    s is the identity; where the block halves the image and widens the channels, s takes every second pixel
+    and pads the new channels with zeros (half of them before the old ones, half after).
 
     Args:
         inputs: Channels of x.
@@ -66,10 +66,10 @@ class ResNet(nn.Module):
 
         depth = 6 m + 2;   channels w, 2w, 4w;   image H x W, H/2 x W/2, H/4 x W/4
 
-    Shortcuts are the paper's option A (identity, zero padding), not 1x1 projections: it is what the paper uses on
-    CIFAR, its parameters are exactly the convolutions, norms and head, and with width 16 the names and shapes
-    are those of the checkpoints of the widely used pytorch_resnet_cifar10, which load as they are. Activations are not
-    computed in place, so that the network can be differentiated twice.
+    Shortcuts are the paper's option A (identity, zero padding), not 1x1 projections: it is what the paper
+    uses on CIFAR, its parameters are exactly the convolutions, norms and head, and with width 16 the names
+    and shapes are those of the checkpoints of the widely used pytorch_resnet_cifar10, which load as they are.
+    Activations are not computed in place, so that the network can be differentiated twice.
 
     Args:
         depth: 6m + 2 with m >= 1: 8, 14, 20, 32, 44, 56, 110, ...
@@ -77,19 +77,21 @@ class ResNet(nn.Module):
         num_classes: Length of the output.
         in_channels: Channels of the image.
 
-    Shapes: images [N, in_channels, H, W] -> logits [N, num_classes]. H and W are 32 in the paper and free here.
+    Shapes: images [N, in_channels, H, W] -> logits [N, num_classes]. H and W are 32 in the paper and free
+    here.
 
     Raises:
         InvalidArgument: If a size is not an integer >= 1, or depth is not 6m + 2.
 
     Parameters, with c input channels and C classes; 272,474 for ResNet-20 with w = 16, c = 3, C = 10:
 
-        9 c w + 2 w  +  m (18 w^2 + 4 w)  +  18 w^2 + (2m - 1) 36 w^2 + 8 m w  +  72 w^2 + (2m - 1) 144 w^2 + 16 m w
-        + (4 w + 1) C
+        9 c w + 2 w  +  m (18 w^2 + 4 w)  +  18 w^2 + (2m - 1) 36 w^2 + 8 m w  +  72 w^2 + (2m - 1) 144 w^2 +
+        16 m w + (4 w + 1) C
 
-    Convolutions start from N(0, 2 / fan_in), the head as `nn.Linear` does; both draw from the global random state.
-    Cost: about 41 million multiply-adds per 32 x 32 image for ResNet-20; a training forward pass updates BatchNorm's
-    running statistics.
+    Convolutions start from N(0, 2 / fan_in), the head as `nn.Linear` does; both draw from the global random
+    state.
+    Cost: about 41 million multiply-adds per 32 x 32 image for ResNet-20; a training forward pass updates
+    BatchNorm's running statistics.
     Source: He, Zhang, Ren & Sun (2015), "Deep Residual Learning for Image Recognition", section 4.2.
 
     Example:

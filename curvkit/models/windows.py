@@ -9,7 +9,9 @@ from curvkit.errors import InvalidArgument
 from curvkit.models.checks import check_count
 
 
-def random_windows(tokens: Tensor, length: int, count: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def random_windows(
+    tokens: Tensor, length: int, count: int, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Draw windows at independent, uniformly distributed places, for training.
 
         x_i = tokens[s_i : s_i + T],   y_i = tokens[s_i + 1 : s_i + 1 + T]
@@ -24,7 +26,8 @@ def random_windows(tokens: Tensor, length: int, count: int, *, generator: torch.
         x and y, both [N, T].
 
     Raises:
-        InvalidArgument: If a size is not an integer >= 1, or there are not more than T tokens in one dimension.
+        InvalidArgument: If a size is not an integer >= 1, or there are not more than T tokens in one
+            dimension.
 
     Example:
         >>> x, y = random_windows(torch.arange(9), 4, 2, generator=torch.Generator().manual_seed(0))
@@ -51,7 +54,8 @@ def spaced_windows(tokens: Tensor, length: int, count: int) -> tuple[Tensor, Ten
         x and y, both [N, T].
 
     Raises:
-        InvalidArgument: If a size is not an integer >= 1, or there are not more than N T tokens in one dimension.
+        InvalidArgument: If a size is not an integer >= 1, or there are not more than N T tokens in one
+            dimension.
 
     Example:
         >>> spaced_windows(torch.arange(9), 3, 2)[0]
@@ -69,8 +73,8 @@ def _check_windows(owner: str, tokens: Tensor, length: int, count: int, *, overl
     if tokens.dim() != 1 or len(tokens) < needed:
         windows = "one window at least" if overlapping else f"{count} windows without overlap"
         raise InvalidArgument(
-            f"{owner}: tokens of shape {tuple(tokens.shape)} must be [n] with n >= {needed}: {windows}, of {length} tokens "
-            "each, and a last target. Pass one longer sequence, or lower length or count."
+            f"{owner}: tokens of shape {tuple(tokens.shape)} must be [n] with n >= {needed}: {windows}, "
+            f"of {length} tokens each, and a last target. Pass one longer sequence, or lower length or count."
         )
 
 

@@ -1,0 +1,8 @@
+"""What a loss is: its terms and weights on a batch."""
+
+from curvkit.losses.batches import Batch
+from curvkit.losses.kinds import BatchLoss, KnownLoss, Loss, OtherLoss, as_loss
+from curvkit.losses.terms import LossTerms
+from curvkit.losses.tokens import token_cross_entropy
+
+__all__ = ["Batch", "BatchLoss", "KnownLoss", "Loss", "LossTerms", "OtherLoss", "as_loss", "token_cross_entropy"]

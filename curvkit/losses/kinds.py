@@ -1,0 +1,252 @@
+"""The three forms in which a loss can be given, seen through one call: (model, batch) -> LossTerms."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from curvkit.errors import InvalidArgument, UnknownObjective
+from curvkit.losses.batches import Batch, inputs_and_targets
+from curvkit.losses.known import DIVISORS, recognise
+from curvkit.losses.terms import LossTerms, scalar_or_pair
+
+Reduction = Literal["mean", "sum", "as returned"]
+
+DEFAULTS = {
+    "ignore_index": -100,
+    "label_smoothing": 0.0,
+    "beta": 1.0,
+    "delta": 1.0,
+    "margin": 1.0,
+    "log_input": True,
+    "full": False,
+    "eps": 1e-8,
+    "log_target": False,
+}
+"""Options of torch's losses that are not worth printing."""
+
+
+class Loss(Protocol):
+    """A loss whose terms are known, or which says that they are not."""
+
+    @property
+    def name(self) -> str:
+        """As printed."""
+        ...
+
+    @property
+    def reduction(self) -> Reduction:
+        """How batches are joined: mean over all terms, sum of all terms, or one batch only."""
+        ...
+
+    def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
+        """Evaluate on one batch."""
+        ...
+
+    def moved(self, device: torch.device | None, dtype: torch.dtype | None) -> Loss:
+        """The same loss with its own tensors elsewhere."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class BatchLoss:
+    """A loss that takes the model and the whole batch: `fn(model, batch)`.
+
+    For models that are not called as model(inputs), or whose batches are dicts. The function returns a scalar, or (sum, count): the sum
+    of its terms and how many there are. With several batches it must return the pair, because only then is the mean over
+    all data known.
+
+    Args:
+        fn: (model, batch) -> scalar, or (scalar, number).
+
+    Example:
+        >>> def squared_norm(model, batch):
+        ...     return model(batch).square().sum(), len(batch)
+        >>> BatchLoss(squared_norm).name
+        'squared_norm'
+    """
+
+    fn: Callable[[nn.Module, Batch], Any]
+
+    def __post_init__(self) -> None:
+        """Check that it can be called."""
+        if not callable(self.fn):
+            raise InvalidArgument(f"BatchLoss: {self.fn!r} is not callable. Pass a function fn(model, batch).")
+
+
+@dataclass(frozen=True, eq=False)
+class KnownLoss:
+    """A loss of the table in `known`: its terms and their weights follow from outputs and targets."""
+
+    function: Callable[..., Tensor]
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The function's name with the options that change the value."""
+        shown = {key: value for key, value in self.options.items() if key != "reduction" and not _default(key, value)}
+        words = [f"{key}={'...' if isinstance(value, Tensor) else value}" for key, value in sorted(shown.items())]
+        return getattr(self.function, "__name__", "loss") + (f"({', '.join(words)})" if words else "")
+
+    @property
+    def reduction(self) -> Reduction:
+        """"sum" if the user said so, else "mean"."""
+        return "sum" if self.options.get("reduction") == "sum" else "mean"
+
+    def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
+        """Evaluate with reduction="sum", and count.
+
+        Args:
+            model: Called with the batch's inputs.
+            batch: (inputs ..., targets) or a mapping.
+
+        Returns:
+            The terms; for reduction="sum" the weight is 0, nothing is divided.
+
+        Raises:
+            UnknownObjective: If the model's output is not a tensor.
+        """
+        outputs, targets = self._forward(model, batch)
+        total = self.function(outputs, targets, **{**self.options, "reduction": "sum"})
+        divisor, count = DIVISORS[self.function](outputs.detach(), targets, self.options)
+        return LossTerms(total, divisor, count)
+
+    def misfit(self, model: nn.Module, batch: Batch) -> float:
+        """How far sum / divisor is from the mean that the function itself gives on this batch.
+
+        Args:
+            model: Called with the batch's inputs.
+            batch: One batch.
+
+        Returns:
+            Relative difference; 0 if the batch has no terms. It is rounding, or the table does not know this function.
+        """
+        terms = self.terms(model, batch)
+        if self.reduction != "mean" or terms.weight == 0.0:
+            return 0.0
+        own = self.function(*self._forward(model, batch), **self.options).item()
+        return abs(terms.total.item() / terms.weight - own) / max(abs(own), 1e-30)
+
+    def moved(self, device: torch.device | None, dtype: torch.dtype | None) -> KnownLoss:
+        """Move class weights and the like.
+
+        Args:
+            device: Target, or None.
+            dtype: For floating-point tensors, or None.
+
+        Returns:
+            A new loss.
+        """
+        moved = {
+            key: value.to(device=device, dtype=dtype if value.dtype.is_floating_point else None)
+            if isinstance(value, Tensor)
+            else value
+            for key, value in self.options.items()
+        }
+        return replace(self, options=moved)
+
+    def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs, named, targets = inputs_and_targets(batch)
+        outputs = model(*inputs, **named)
+        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+            what, got = ("model", outputs) if not isinstance(outputs, Tensor) else ("targets", targets)
+            raise UnknownObjective(
+                f"Objective: {self.name} takes two tensors; the {what} gave a {type(got).__name__}. "
+                "Write curvkit.BatchLoss(fn) with fn(model, batch), which picks the tensors itself."
+            )
+        return outputs, targets
+
+
+@dataclass(frozen=True, eq=False)
+class OtherLoss:
+    """A loss that is not in the table: `call(model, batch)` gives a scalar, then one batch is all, or (sum, count)."""
+
+    call: Callable[[nn.Module, Batch], Any]
+    name: str
+    module: nn.Module | None = None
+    """The loss itself if it is a module with tensors of its own."""
+    reduction: Reduction = "as returned"
+
+    def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
+        """Evaluate on one batch.
+
+        Args:
+            model: The model.
+            batch: One batch.
+
+        Returns:
+            The terms; `count` is None if the loss gave a scalar only.
+        """
+        return scalar_or_pair(self.call(model, batch), self.name)[0]
+
+    def moved(self, device: torch.device | None, dtype: torch.dtype | None) -> OtherLoss:
+        """Move the loss if it is a module; a function is taken to follow its arguments.
+
+        Args:
+            device: Target, or None.
+            dtype: For floating-point tensors, or None.
+
+        Returns:
+            A new loss.
+        """
+        if self.module is None:
+            return self
+        module = copy.deepcopy(self.module).to(device=device, dtype=dtype)
+        return replace(self, call=_on_outputs(module), module=module)
+
+
+def as_loss(loss: Any) -> Loss:
+    """See what the user gave through the one form that the rest of curvkit uses.
+
+    Args:
+        loss: A function or module (outputs, targets) -> scalar or (sum, count), or a `BatchLoss`.
+
+    Returns:
+        The loss.
+
+    Raises:
+        InvalidArgument: If it is not callable, or is one of torch's losses with a reduction that gives no scalar.
+    """
+    if isinstance(loss, KnownLoss | OtherLoss):
+        return loss
+    if isinstance(loss, BatchLoss):
+        return OtherLoss(loss.fn, _name(loss.fn))
+    known = recognise(loss)
+    if known is not None:
+        function, options = known
+        legacy = [key for key in ("size_average", "reduce") if options.get(key) is not None]
+        reduction = options.get("reduction", "mean")
+        if legacy or reduction not in ("mean", "sum", "batchmean"):
+            got = f"{legacy[0]}={options[legacy[0]]!r}" if legacy else f"reduction={reduction!r}"
+            raise InvalidArgument(
+                f"Objective: the loss {getattr(function, '__name__', function)} has {got}; curvature needs a scalar. "
+                "Use reduction='mean' or reduction='sum'."
+            )
+        return KnownLoss(function, options)
+    if not callable(loss):
+        raise InvalidArgument(
+            f"Objective: loss={loss!r} is not callable. Pass a function (outputs, targets), a loss module, or "
+            "curvkit.BatchLoss(fn) with fn(model, batch)."
+        )
+    return OtherLoss(_on_outputs(loss), _name(loss), loss if isinstance(loss, nn.Module) else None)
+
+
+def _on_outputs(loss: Callable[..., Any]) -> Callable[[nn.Module, Batch], Any]:
+    def call(model: nn.Module, batch: Batch) -> Any:
+        inputs, named, targets = inputs_and_targets(batch)
+        return loss(model(*inputs, **named), targets)
+
+    return call
+
+
+def _name(loss: Any) -> str:
+    return getattr(loss, "__name__", None) or type(loss).__name__
+
+
+def _default(key: str, value: Any) -> bool:
+    return value is None or (key in DEFAULTS and value == DEFAULTS[key])

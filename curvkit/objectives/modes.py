@@ -1,0 +1,72 @@
+"""Modules that make a function random or couple its examples, found by type and refused by name."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # the common base of all BatchNorm layers
+from torch.nn.modules.dropout import _DropoutNd
+
+from curvkit.errors import UnsupportedModel
+
+
+def mode(model: nn.Module) -> str:
+    """Say in which mode a model is.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        "eval", "train", or "mixed" if its modules differ.
+
+    Example:
+        >>> mode(nn.Linear(2, 2).eval())
+        'eval'
+    """
+    modes = {module.training for module in model.modules()}
+    return "mixed" if len(modes) > 1 else ("train" if modes.pop() else "eval")
+
+
+def refuse_random_modules(model: nn.Module, num_batches: int) -> None:
+    """Refuse active dropout and BatchNorm on batch statistics.
+
+    Args:
+        model: In the mode in which it will be measured.
+        num_batches: With one batch, BatchNorm without running statistics in eval mode is a fixed function.
+
+    Raises:
+        UnsupportedModel: Naming the modules and what to do.
+    """
+    random = [name for name, module in model.named_modules() if module.training and _drops(module)]
+    if random:
+        raise UnsupportedModel(
+            f"Objective: {_listed(random, model)} is active, so that the loss is random and has no Hessian. "
+            "Call model.eval(), or set the probability to 0."
+        )
+    coupled = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
+    if coupled:
+        raise UnsupportedModel(
+            f"Objective: {_listed(coupled, model)} is in training mode: it normalises by the batch at hand and moves its running "
+            "statistics, so that the result would depend on how the data is cut into batches. Call model.eval()."
+        )
+    without = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
+    if without and num_batches > 1:
+        raise UnsupportedModel(
+            f"Objective: {_listed(without, model)} keeps no running statistics and normalises by the batch at hand, so that the result "
+            f"would depend on how the data is cut into {num_batches} batches. Pass the data as one batch."
+        )
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.RReLU):
+        return module.lower != module.upper
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.dropout > 0
+    return False
+
+
+def _listed(names: list[str], model: nn.Module) -> str:
+    kinds = dict(model.named_modules())
+    shown = ", ".join(f"{name or 'the model'} ({type(kinds[name]).__name__})" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

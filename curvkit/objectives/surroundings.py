@@ -1,0 +1,132 @@
+"""Leave everything as it was found: random states, gradients, modes, buffers and global flags."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvkit.errors import UnsupportedModel
+
+
+@contextlib.contextmanager
+def random_state() -> Iterator[None]:
+    """Restore the random states of torch (CPU and, once used, CUDA), numpy and Python on leaving."""
+    cpu, python = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    numpy = sys.modules.get("numpy")
+    numpy_state: Any = numpy.random.get_state() if numpy is not None else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore a model's modes, `.grad`, `requires_grad` flags and buffers, also when something raises.
+
+    Inside, every `.grad` is None. A forward pass that writes to a parameter is refused afterwards, because the function that was
+    differentiated is then not the one that was asked for.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        UnsupportedModel: If a parameter was written to.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(name, p, p.grad, p.requires_grad, p._version) for name, p in model.named_parameters()]
+    buffers = [
+        (module, dict(module._buffers), [(b, b._version, b.detach().clone()) for b in module._buffers.values() if b is not None])
+        for module in model.modules()
+        if module._buffers
+    ]
+    for _, p, *_ in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for _, p, grad, requires_grad, _ in parameters:
+            p.grad = grad
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
+        for module, registered, copies in buffers:
+            module._buffers.clear()
+            module._buffers.update(registered)
+            with torch.no_grad():
+                for buffer, version, copy in copies:
+                    if buffer._version != version:
+                        buffer.copy_(copy)
+    written = [name for name, p, _, _, version in parameters if p._version != version]
+    if written:
+        raise UnsupportedModel(
+            f"Objective: the forward pass writes to the parameter {written[0]!r}, so that the function changes while it is measured. "
+            "Put the module that does so in evaluation mode, or compute the new value without writing it back."
+        )
+
+
+@contextlib.contextmanager
+def exact_arithmetic(model: nn.Module) -> Iterator[None]:
+    """Kernels that can be differentiated twice and do not round more than their dtype.
+
+    Attention by the MATH backend (the fused ones have no second derivative), no fused encoder path, no autocast, gradients on, compiled
+    modules run eagerly; on CUDA no TF32, and no cuDNN for recurrent layers. All global flags are restored.
+
+    Args:
+        model: Decides which switches matter.
+    """
+    on_cuda = any(p.device.type == "cuda" for p in model.parameters())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_flag_encoder_fastpath())
+        for kind in ("cpu", "cuda") if on_cuda else ("cpu",):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if on_cuda:
+            stack.enter_context(_ieee_on_cuda(any(isinstance(module, nn.RNNBase) for module in model.modules())))
+        if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextlib.contextmanager
+def _flag_encoder_fastpath() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _ieee_on_cuda(recurrent: bool) -> Iterator[None]:
+    """TF32 off for convolutions and matrix products; cuDNN off where its recurrent layers have no second derivative."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        with cudnn.flags(
+            enabled=cudnn.enabled and not recurrent,
+            benchmark=cudnn.benchmark,
+            deterministic=cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            yield
+    finally:
+        matmul.allow_tf32 = before

@@ -1,0 +1,102 @@
+"""Second derivatives of one batch by reverse over reverse: the graph of the gradient, differentiated once more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvkit.errors import CurvkitError
+from curvkit.objectives import Objective
+
+
+@dataclass(frozen=True, eq=False)
+class GradientGraph:
+    """The gradient of a batch's total, with the graph that it was computed by."""
+
+    parameters: tuple[Tensor, ...]
+    gradient: tuple[Tensor | None, ...]
+    """One per parameter; None where the loss does not depend on it."""
+    total: float
+    weight: float
+
+    @classmethod
+    def build(cls, objective: Objective, index: int) -> GradientGraph:
+        """Differentiate the loss of a batch once, keeping the graph; call it inside `objective.measuring()`.
+
+        Args:
+            objective: Model, loss and data.
+            index: Which batch.
+
+        Returns:
+            The graph.
+
+        Raises:
+            CurvkitError: If the loss is NaN or infinite, naming the first bad parameter or the batch.
+
+        Cost: about 1.3 gradients; memory about 2.6 times a gradient's.
+        """
+        parameters = objective.tensors
+        terms = objective.terms(index)
+        total = terms.total.item()
+        if not torch.isfinite(terms.total):
+            raise CurvkitError(_not_finite(objective, index, total))
+        if not terms.total.requires_grad:
+            return cls(parameters, tuple(None for _ in parameters), total, terms.weight)
+        gradient = torch.autograd.grad(terms.total, parameters, create_graph=True, allow_unused=True)
+        return cls(parameters, gradient, total, terms.weight)
+
+
+def product(graphs: Sequence[GradientGraph], pieces: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
+    """Multiply the sum of the graphs' Hessians with a vector.
+
+        H v = d/dtheta (g(theta) . v)
+
+    Args:
+        graphs: Of the same parameters.
+        pieces: v, parameter-shaped.
+        keep: Whether the graphs are needed again; if not, their buffers are freed on the way.
+
+    Returns:
+        Parameter-shaped pieces of H v; None for zero.
+
+    Cost: about two gradients of the graphs' batches.
+    """
+    outputs, directions = [], []
+    for graph in graphs:
+        for g, v in zip(graph.gradient, pieces, strict=True):
+            if g is not None and g.requires_grad:  # else the loss is linear in this parameter
+                outputs.append(g)
+                directions.append(v)
+    if not outputs:
+        return [None] * len(pieces)
+    return list(torch.autograd.grad(outputs, graphs[0].parameters, directions, retain_graph=keep, allow_unused=True))
+
+
+def flat_gradient(graph: GradientGraph) -> list[Tensor]:
+    """The gradient itself, detached, zeros where the loss does not depend on a parameter.
+
+    Args:
+        graph: Of a batch.
+
+    Returns:
+        Parameter-shaped tensors.
+    """
+    return [
+        torch.zeros_like(p) if g is None else g.detach() for p, g in zip(graph.parameters, graph.gradient, strict=True)
+    ]
+
+
+def _not_finite(objective: Objective, index: int, value: float) -> str:
+    for name, tensor in objective.model.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            return (
+                f"Hessian: the loss of batch {index} is {value}, and the parameter {name!r} has NaN or infinite entries: the "
+                "checkpoint is of a diverged run. Take an earlier one."
+            )
+    return (
+        f"Hessian: the loss of batch {index} is {value} though all parameters are finite. "
+        "Check this batch for NaN or infinite values, or compute in float64."
+    )

@@ -1,0 +1,228 @@
+"""The Hessian of an objective, seen through its products."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
+from curvkit.objectives import Objective
+from curvkit.operators.graph import GradientGraph, flat_gradient, product
+from curvkit.operators.plan import Plan, Residency, choose
+from curvkit.parameters import ParameterSpace
+
+MANY_BATCHES = 1000
+"""From here on sums over batches are accumulated in float64."""
+
+
+class Hessian:
+    """H = d^2 L / d theta^2, the Hessian of an `Objective`, by products.
+
+        H v = (1 / W) sum_b d/dtheta (grad total_b . v),    W = sum_b weight_b
+
+    exact up to rounding (reverse over reverse), for all the data of the objective. The graphs of the gradients are retained, so that a product
+    costs about two gradients, or streamed: built anew for each product, one batch at a time. Where the second derivative does
+    not exist (ReLU at 0) it is the one of the side that torch takes.
+
+    The operator belongs to the parameters as they are at its construction; if they change, products are refused.
+
+    Args:
+        objective: The function. A model with half-precision parameters is measured as a float32 copy.
+        residency: "retained", "streamed", or "auto" by the memory budget.
+        budget_bytes: Memory for graphs; None takes half of what is free.
+
+    Raises:
+        InvalidArgument: If an option is out of range.
+        UnsupportedModel: If the objective is random, or the loss differs between two evaluations.
+        UnknownObjective: If the loss depends on no parameter.
+        CurvkitError: If the loss is not finite.
+
+    Cost: construction about 1.5 gradients of one batch, and 1.3 of all if retained. A product then takes about 2 gradients
+        retained, 3.3 streamed. Memory: retained about 2.6 times the activations of a gradient over all data; streamed the same for one batch.
+    Source: Pearlmutter (1994) for the product; here by double backward, as in Werbos (1988) and every autograd system since.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0]])
+        >>> H = Hessian(Objective(model, F.mse_loss, [(x, torch.zeros(1, 1))]))
+        >>> H.matvec(torch.tensor([1.0, 0.0])).tolist()   # 2 x x'
+        [2.0, 4.0]
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        residency: Residency | Literal["auto"] = "auto",
+        budget_bytes: int | None = None,
+    ) -> None:
+        if objective.dtype.itemsize < 4 or len({t.dtype for t in objective.tensors}) > 1:
+            objective = objective.converted(dtype=torch.promote_types(objective.dtype, torch.float32))
+        self.objective = objective
+        self.space: ParameterSpace = objective.parameters
+        self.n, self.dtype, self.device = self.space.n, objective.dtype, objective.device
+        self.plan: Plan = choose(objective, residency=residency, budget_bytes=budget_bytes)
+        self.products = 0
+        """Products computed so far, in passes over the data."""
+        self._fingerprint = _fingerprint(objective)
+        self._retained: list[GradientGraph] | None = None
+        gradient = torch.zeros(self.n, dtype=self._sum_dtype, device=self.device)
+        totals, weights, used = [], [], [False] * len(self.space.entries)
+        with objective.measuring():
+            self._refuse_changing_loss()
+            graphs = []
+            for graph in self._build():
+                totals.append(graph.total)
+                weights.append(graph.weight)
+                used = [seen or g is not None for seen, g in zip(used, graph.gradient, strict=True)]
+                gradient += self.space.join(flat_gradient(graph))
+                if self.plan.residency == "retained":
+                    graphs.append(graph)
+        if not any(used):
+            raise UnknownObjective(
+                "Hessian: the loss does not depend on any of the parameters. Check that the loss uses the model that it is given "
+                "(not one from an outer scope), and that nothing in it detaches or disables gradients."
+            )
+        if self.plan.residency == "retained":
+            self._retained = graphs
+        self._weights = weights
+        self._denominator = objective.denominator(weights)
+        self.loss = math.fsum(totals) / self._denominator
+        """L itself."""
+        self.gradient = (gradient / self._denominator).to(self.dtype)
+        """[n], the gradient of L, a by-product."""
+        self.unused = tuple(name for name, seen in zip(self.space.names, used, strict=True) if not seen)
+        """Parameters that the loss does not depend on; their rows and columns are zero."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Multiply one vector.
+
+        Args:
+            v: [n], on the operator's device and in its dtype.
+
+        Returns:
+            H v, [n].
+
+        Raises:
+            InvalidArgument: If `v` does not fit, or the parameters have changed.
+
+        Cost: about 2 gradients retained, 3.3 streamed.
+        """
+        return self.matmat(v[:, None] if v.ndim == 1 else v).squeeze(1) if v.ndim == 1 else self._refuse(v)
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """Multiply several vectors; a streamed graph is built once for all of them.
+
+        Args:
+            V: [n, k].
+
+        Returns:
+            H V, [n, k].
+
+        Raises:
+            InvalidArgument: If `V` does not fit, or the parameters have changed.
+
+        Cost: k products at most; streamed (1.3 + 2 k) gradients.
+        """
+        if V.ndim != 2:
+            self._refuse(V)
+        self._check(V)
+        pieces = [list(self.space.split(v)) for v in V.unbind(1)]
+        sums = torch.zeros(V.shape[1], self.n, dtype=self._sum_dtype, device=self.device)  # [k, n]
+        with self._differentiating():
+            if self._retained is not None:
+                for row, v in zip(sums, pieces, strict=True):
+                    self._add(row, product(self._retained, v, keep=True))
+            else:
+                for graph in self._build():
+                    for i, (row, v) in enumerate(zip(sums, pieces, strict=True)):
+                        self._add(row, product([graph], v, keep=i + 1 < len(pieces)))
+        self.products += V.shape[1]
+        return sums.div_(self._denominator).to(self.dtype).T
+
+    def batch_quotients(self, v: Tensor) -> tuple[list[float], list[float]]:
+        """Rayleigh quotients v'H_b v of a unit vector with the Hessian of each batch alone.
+
+        Args:
+            v: [n], of unit length.
+
+        Returns:
+            v'H_b v for the mean loss of batch b (its total for a loss that is a sum), and the weights with which they average to v'Hv.
+            Batches without a term are left out.
+
+        Raises:
+            InvalidArgument: If `v` does not fit, or the parameters have changed.
+
+        Cost: one product.
+        """
+        self._check(v[:, None])
+        pieces = list(self.space.split(v))
+        is_sum = self.objective.loss.reduction == "sum"
+        quotients, weights = [], []
+        with self._differentiating():
+            for graph in self._retained if self._retained is not None else self._build():
+                if graph.weight == 0.0 and not is_sum:
+                    continue
+                row = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+                self._add(row, product([graph], pieces, keep=self._retained is not None))
+                quotients.append(torch.dot(row.double(), v.double()).item() / (1.0 if is_sum else graph.weight))
+                weights.append(1.0 if is_sum else graph.weight)
+        self.products += 1
+        return quotients, weights
+
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        return torch.float64 if len(self.objective.batches) >= MANY_BATCHES else self.dtype
+
+    @contextlib.contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        with self.objective.measuring():
+            yield
+
+    def _build(self) -> Iterator[GradientGraph]:
+        for index in range(len(self.objective.batches)):
+            yield GradientGraph.build(self.objective, index)
+
+    def _add(self, row: Tensor, pieces: list[Tensor | None]) -> None:
+        """row += the flattened pieces, without an intermediate vector."""
+        for target, piece in zip(self.space.split(row), pieces, strict=True):
+            if piece is not None:
+                target += piece
+
+    def _refuse_changing_loss(self) -> None:
+        with torch.no_grad():
+            first, second = (self.objective.terms(0).total.item() for _ in range(2))
+        allowed = 1e3 * torch.finfo(self.dtype).eps * max(abs(first), abs(second))
+        if abs(first - second) > allowed and math.isfinite(first + second):
+            raise UnsupportedModel(
+                f"Hessian: the loss of the same batch was {first:.8g} and then {second:.8g}: the model or the loss is random, or keeps state. "
+                "Call model.eval(); if it samples on purpose, draw the sample outside of the loss."
+            )
+
+    def _check(self, V: Tensor) -> None:
+        if V.shape[0] != self.n or V.device != self.device or V.dtype != self.dtype:
+            self._refuse(V)
+        if self._fingerprint != _fingerprint(self.objective):
+            before, now = self._fingerprint, _fingerprint(self.objective)
+            name = next(n for n, a, b in zip(self.space.names, before, now, strict=True) if a != b)
+            raise InvalidArgument(
+                f"Hessian: the parameter {name!r} has changed since this operator was made, so that its products would mix two points. "
+                "Make a new Hessian(objective) for the new parameters."
+            )
+
+    def _refuse(self, V: Tensor) -> Tensor:
+        raise InvalidArgument(
+            f"Hessian: a vector of shape {tuple(V.shape)}, {V.dtype} on {V.device} was given; this operator takes [{self.n}], or [{self.n}, k] "
+            f"in matmat, {self.dtype} on {self.device}. Convert it with .to(operator.device, operator.dtype)."
+        )
+
+
+def _fingerprint(objective: Objective) -> list[tuple[int, float, float]]:
+    """Address, length and sum of each parameter: writes through `.data` do not move the version counter, but these."""
+    with torch.no_grad():
+        return [(t.data_ptr(), torch.linalg.vector_norm(t).item(), t.sum().item()) for t in objective.tensors]
