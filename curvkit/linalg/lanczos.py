@@ -7,9 +7,10 @@ and a new direction after a breakdown are all the same Rayleigh-Ritz step on a g
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -41,6 +42,52 @@ SMALL = 1e-2
 """Residuals are judged relative to their eigenvalue, but not below SMALL times the largest |eigenvalue|."""
 CONFIDENCE = 0.99
 """Probability of the claim that no eigenvalue lies beyond the bounds."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is wanted, and what it may cost.
+
+    Raises:
+        InvalidArgument: If a value is out of range whatever the matrix is.
+    """
+
+    num: int = 1
+    """How many eigenvalues, k."""
+    which: Which = "largest"
+    """"largest", "smallest" (both algebraic), "both" ends, or largest "magnitude"."""
+    tolerance: float = 1e-3
+    """Of the residuals, relative to their eigenvalues, see `allowed`."""
+    block_size: int = 1
+    """Vectors per step, b; multiplicities up to b can be seen."""
+    max_products: int = 500
+    """Products in all, the k of the certificate included."""
+    max_seconds: float | None = None
+    """After this time the certificate is made from what is there; None: no limit."""
+    max_rows: int | None = None
+    """Most vectors of length n that may be held at once, working vectors included; None: no limit."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.which not in get_args(Which):
+            raise InvalidArgument(
+                f"lanczos: which={self.which!r} is not one of {', '.join(get_args(Which))}. For sharpness use 'largest'."
+            )
+        if self.num < 1 or self.block_size < 1:
+            raise InvalidArgument(
+                f"lanczos: num={self.num!r} and block_size={self.block_size!r} must be at least 1. Both are 1 by default."
+            )
+        if not 0.0 < self.tolerance < 1.0:
+            raise InvalidArgument(
+                f"lanczos: tolerance={self.tolerance!r} must lie in (0, 1). It is relative to the eigenvalue; the default is 1e-3."
+            )
+        if self.max_products < self.num + self.block_size:
+            raise InvalidArgument(
+                f"lanczos: max_products={self.max_products!r} is too few: one step takes {self.block_size} and the residuals "
+                f"{self.num}. Allow at least {self.num + self.block_size}; a few dozen is usual."
+            )
+        if self.max_seconds is not None and not self.max_seconds > 0.0:
+            raise InvalidArgument(f"lanczos: max_seconds={self.max_seconds!r} must be positive, or None for no limit.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,36 +164,26 @@ def allowed(values: Tensor, scale: float, tolerance: float) -> Tensor:
 
 
 def steps(
-    A: LinearMap,
-    num: int = 1,
-    *,
-    which: Which = "largest",
-    start: Tensor | None = None,
-    block_size: int = 1,
-    max_rows: int | None = None,
-    seed: int | None = None,
+    A: LinearMap, settings: Settings | None = None, *, start: Tensor | None = None, seed: int | None = None
 ) -> Iterator[LanczosState]:
     """Iterate block Lanczos, one state per block of products, until the space is spanned.
 
     The first vector is s / ||s|| + u, normalised, with s = `start` and u a random direction, or u alone: it always has a random part,
     so that no eigenvector is missed for sure. Each block W = A Q_j is orthogonalized twice against all rows of the basis; a
     remainder below 10 eps ||T|| is rounding, and a random direction takes its place. When the basis is full, the best
-    Ritz vectors and the remainder are kept (thick restart).
+    Ritz vectors and the remainder are kept (thick restart). Budgets and tolerance are for whoever consumes the states.
 
     Args:
         A: Symmetric, of order n.
-        num: How many eigenvalues.
-        which: "largest", "smallest" (algebraic), "both" ends, or largest "magnitude".
+        settings: `num`, `which`, `block_size` and `max_rows` are read; None takes the defaults.
         start: [n], a direction rich in the wanted eigenvectors, for example the gradient.
-        block_size: Vectors per step, b; multiplicities up to b can be seen.
-        max_rows: Most vectors of length n that may be held at once, working vectors included; None: no limit.
         seed: Of the random directions; None draws one.
 
     Yields:
         A state after each block.
 
     Raises:
-        InvalidArgument: If an argument is out of range.
+        InvalidArgument: If the settings do not fit the matrix.
         CurvkitError: If a product has NaN or infinite entries.
 
     Cost: b products and 4 m b n multiplications per step, m being the size of the basis.
@@ -158,8 +195,10 @@ def steps(
         >>> round(last.values.item(), 5)
         3.0
     """
-    _check(A, num, which, start, block_size)
-    capacity = Capacity.within(max_rows, n=A.n, num=num, block_size=block_size)
+    settings = settings or Settings()
+    num, which, block_size = settings.num, settings.which, settings.block_size
+    _check_fit(A, settings, start)
+    capacity = Capacity.within(settings.max_rows, n=A.n, num=num, block_size=block_size)
     random = RandomVectors(A, seeds.settle(seed))
     left, random_share = start_block(start, block_size, random)
     basis, T = Basis(A.n, A.dtype, A.device), torch.zeros(0, 0, dtype=torch.float64)
@@ -197,88 +236,65 @@ def steps(
 
 
 def search(
-    A: LinearMap,
-    num: int = 1,
-    *,
-    which: Which = "largest",
-    tolerance: float = 1e-3,
-    start: Tensor | None = None,
-    block_size: int = 1,
-    max_products: int = 500,
-    max_rows: int | None = None,
-    seed: int | None = None,
+    A: LinearMap, settings: Settings | None = None, *, start: Tensor | None = None, seed: int | None = None
 ) -> Iterator[Eigenpairs]:
     """Run `steps` until the residuals are small, then recompute them with true products.
 
-    Stops when each recomputed residual ||A v - theta v|| is at most `allowed`, about `tolerance` |theta|, or when the products are
-    spent; agreement of successive values is never a reason to stop. If the recomputed residuals do not confirm the
-    estimates, it goes on with a four times smaller aim, three times at most.
+    Stops when each recomputed residual ||A v - theta v|| is at most `allowed`, about `tolerance` |theta|, or when the budget is spent;
+    agreement of successive values is never a reason to stop. If the recomputed residuals do not confirm the estimates, it goes
+    on with a four times smaller aim, three times at most.
 
     Args:
         A: Symmetric, of order n.
-        num: How many eigenvalues, k.
-        which: "largest", "smallest" (algebraic), "both" ends, or largest "magnitude".
-        tolerance: Of the residuals, relative to their eigenvalues, see `allowed`; at least 8 eps.
+        settings: What is wanted; None takes the defaults.
         start: [n], a direction rich in the wanted eigenvectors.
-        block_size: Vectors per step.
-        max_products: Budget, the k products of the certificate included.
-        max_rows: Most vectors of length n held at once; None: no limit.
         seed: Of the random directions; None draws one.
 
     Yields:
         Partial results with estimated residuals and no vectors, and last the result with recomputed residuals.
 
     Raises:
-        InvalidArgument: If an argument is out of range.
+        InvalidArgument: If the settings do not fit the matrix, or the tolerance is below the rounding of its dtype.
         CurvkitError: If a product has NaN or infinite entries.
     """
-    _check_search(A, num, tolerance, max_products, block_size)
-    spent, aim = 0, tolerance
-    state = None
-    for state in steps(A, num, which=which, start=start, block_size=block_size, max_rows=max_rows, seed=seed):
-        partial = _partial(A, state, which, tolerance, block_size, spent)
+    settings = settings or Settings()
+    least = ROUNDING * torch.finfo(A.dtype).eps
+    if settings.tolerance < least:
+        raise InvalidArgument(
+            f"lanczos: tolerance={settings.tolerance!r} is below {least:.2g}, the rounding of products in {A.dtype}. "
+            "Allow more, or compute in float64."
+        )
+    began, spent, aim = time.monotonic(), 0, settings.tolerance
+    for state in steps(A, settings, start=start, seed=seed):
+        partial = _partial(A, state, settings, spent)
         yield partial
-        out_of_budget = partial.products + block_size + num > max_products
-        if not (state.settled(num, aim) or out_of_budget or state.spanned):
-            continue
-        pairs = _certified(A, state, partial)
-        spent += num
-        aim /= 4
-        if pairs.all_converged or out_of_budget or state.spanned or aim < tolerance / 64 or pairs.products + num >= max_products:
-            yield pairs
-            return
+        last = state.spanned or partial.products + settings.block_size + settings.num > settings.max_products
+        last = last or (settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds)
+        if last or state.settled(settings.num, aim):
+            pairs = _certified(A, state, partial)
+            spent, aim = spent + settings.num, aim / 4
+            if last or pairs.all_converged or aim < settings.tolerance / 64 or pairs.products + settings.num >= settings.max_products:
+                yield pairs
+                return
 
 
 def eigenpairs(
-    A: LinearMap,
-    num: int = 1,
-    *,
-    which: Which = "largest",
-    tolerance: float = 1e-3,
-    start: Tensor | None = None,
-    block_size: int = 1,
-    max_products: int = 500,
-    max_rows: int | None = None,
-    seed: int | None = None,
+    A: LinearMap, num: int = 1, *, start: Tensor | None = None, seed: int | None = None, **options: Any
 ) -> Eigenpairs:
-    """Compute extreme eigenpairs with recomputed residuals: the last result of `search`, whose arguments these are.
+    """Compute extreme eigenpairs with recomputed residuals: the last result of `search`.
 
     Args:
         A: Symmetric, of order n.
         num: How many eigenvalues, k.
-        which: "largest", "smallest" (algebraic), "both" ends, or largest "magnitude".
-        tolerance: Of the residuals, relative to their eigenvalues, see `allowed`.
         start: [n], a direction rich in the wanted eigenvectors.
-        block_size: Vectors per step.
-        max_products: Budget, the certificate included.
-        max_rows: Most vectors of length n held at once; None: no limit.
         seed: Of the random directions; None draws one.
+        **options: The other fields of `Settings`.
 
     Returns:
         The pairs; `converged` says which of them met the tolerance.
 
     Raises:
-        InvalidArgument: If an argument is out of range.
+        InvalidArgument: If an option is out of range.
         CurvkitError: If a product has NaN or infinite entries.
 
     Cost: the products that it says, and O(m n) memory for a basis of m rows.
@@ -290,21 +306,11 @@ def eigenpairs(
         >>> [round(value) for value in pairs.values.tolist()], pairs.all_converged
         ([99, 98], True)
     """
-    *_, last = search(
-        A,
-        num,
-        which=which,
-        tolerance=tolerance,
-        start=start,
-        block_size=block_size,
-        max_products=max_products,
-        max_rows=max_rows,
-        seed=seed,
-    )
+    *_, last = search(A, Settings(num=num, **options), start=start, seed=seed)
     return last
 
 
-def _partial(A: LinearMap, state: LanczosState, which: Which, tolerance: float, block_size: int, spent: int) -> Eigenpairs:
+def _partial(A: LinearMap, state: LanczosState, settings: Settings, spent: int) -> Eigenpairs:
     """What a state says, its residuals being estimates."""
     rounding = ROUNDING * torch.finfo(A.dtype).eps * state.scale
     if state.spanned:
@@ -317,18 +323,18 @@ def _partial(A: LinearMap, state: LanczosState, which: Which, tolerance: float, 
     return Eigenpairs(
         values=state.values,
         residuals=state.residuals,
-        converged=state.residuals <= allowed(state.values, state.scale, tolerance),
+        converged=state.residuals <= allowed(state.values, state.scale, settings.tolerance),
         vectors=None,
         recomputed=False,
-        which=which,
-        tolerance=tolerance,
+        which=settings.which,
+        tolerance=settings.tolerance,
         scale=state.scale,
         rounding=rounding,
         products=state.products + spent,
         upper_bound=upper,
         lower_bound=lower,
         confidence=confidence,
-        multiplicities_below=A.n + 1 if state.spanned else block_size,
+        multiplicities_below=A.n + 1 if state.spanned else settings.block_size,
     )
 
 
@@ -353,33 +359,14 @@ def _certified(A: LinearMap, state: LanczosState, partial: Eigenpairs) -> Eigenp
     )
 
 
-def _check(A: LinearMap, num: int, which: str, start: Tensor | None, block_size: int) -> None:
-    if not 1 <= num <= A.n:
+def _check_fit(A: LinearMap, settings: Settings, start: Tensor | None) -> None:
+    if max(settings.num, settings.block_size) > A.n:
         raise InvalidArgument(
-            f"lanczos: num={num!r} eigenvalues of a matrix of order {A.n}; 1 <= num <= {A.n} is possible. Ask for fewer."
-        )
-    if which not in get_args(Which):
-        raise InvalidArgument(f"lanczos: which={which!r} is not one of {', '.join(get_args(Which))}. For sharpness use 'largest'.")
-    if not 1 <= block_size <= A.n:
-        raise InvalidArgument(
-            f"lanczos: block_size={block_size!r} must satisfy 1 <= block_size <= {A.n}, the order of the matrix. The default is 1."
+            f"lanczos: num={settings.num} and block_size={settings.block_size} must not exceed the order of the matrix, {A.n}. "
+            "Ask for fewer eigenvalues."
         )
     if start is not None and start.shape != (A.n,):
         raise InvalidArgument(f"lanczos: start has shape {tuple(start.shape)}, the matrix has order {A.n}. Pass a vector [{A.n}].")
-
-
-def _check_search(A: LinearMap, num: int, tolerance: float, max_products: int, block_size: int) -> None:
-    least = ROUNDING * torch.finfo(A.dtype).eps
-    if not least <= tolerance < 1.0:
-        raise InvalidArgument(
-            f"lanczos: tolerance={tolerance!r} must satisfy {least:.2g} <= tolerance < 1 in {A.dtype}: a smaller residual is rounding. "
-            "Compute in float64 for more digits."
-        )
-    if max_products < num + block_size:
-        raise InvalidArgument(
-            f"lanczos: max_products={max_products!r} is too few: one step takes {block_size} and the residuals {num}. "
-            f"Allow at least {num + block_size}; a few dozen is usual."
-        )
 
 
 def _check_finite(products: Tensor, count: int) -> None:

@@ -43,12 +43,12 @@ def build(name: str, kwargs: Mapping[str, object]) -> nn.Module:
           (linear0): Linear(in_features=4, out_features=2, bias=True)
         )
     """
-    if not isinstance(name, str) or name not in BUILDERS:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(name, str) or name not in BUILDERS:
         raise InvalidArgument(
-            f"build: no model is called {name!r}. The names are {_listed(BUILDERS)}. {_nearest(name, BUILDERS)}"
-            "For a model of your own write an objective factory in Python."
+            f"build: no model is called {name!r}. The names are {_listed(BUILDERS)}. "
+            f"{_nearest(name, BUILDERS)}For a model of your own write an objective factory in Python."
         )
-    if not isinstance(kwargs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(kwargs, Mapping):
         raise InvalidArgument(
             f"build: kwargs={kwargs!r} must be a mapping from keyword to value. "
             "Write an empty one, {}, where all defaults are wanted."

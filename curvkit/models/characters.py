@@ -12,8 +12,9 @@ from curvkit.errors import InvalidArgument, MissingExtra
 
 
 def topics_text() -> str:
-    """Return Python's own language reference as `help()` shows it: about half a million characters of
-    English.
+    """Return Python's own language reference as `help()` shows it: half a million characters.
+
+    It is English prose with Python programs and grammar in between.
 
     The topics are joined by newlines, in the sorted order of their keys. The text belongs to the running
     Python: from 3.10 to 3.13 it has 459 to 511 thousand characters, printable ASCII and nine typographic
@@ -77,13 +78,13 @@ class CharacterVocabulary:
         unprintable = sorted(c for c in set(self.characters) if not (c.isprintable() or c in "\n\t"))
         if unprintable:
             raise InvalidArgument(
-                f"CharacterVocabulary: {unprintable!r} do not print. Characters that print, newline and tab are "
-                "allowed. Remove the others from the text, for example with str.translate."
+                f"CharacterVocabulary: {unprintable!r} do not print. Characters that print, newline and tab "
+                "are allowed. Remove the others from the text, for example with str.translate."
             )
         if not self.characters or len(set(self.characters)) < len(self.characters):
             raise InvalidArgument(
-                f"CharacterVocabulary: characters={self.characters!r} must hold at least one character, each once. "
-                "For the alphabet of a text call CharacterVocabulary.from_text(text)."
+                f"CharacterVocabulary: characters={self.characters!r} must hold at least one character, "
+                "each once. For the alphabet of a text call CharacterVocabulary.from_text(text)."
             )
 
     @classmethod
@@ -129,9 +130,9 @@ class CharacterVocabulary:
         unknown = sorted(set(text) - set(numbers))
         if unknown:
             raise InvalidArgument(
-                f"CharacterVocabulary: {unknown!r} are not among the {len(self)} known characters; the first is at "
-                f"position {min(map(text.index, unknown))}. Build the vocabulary from a text that has them, or replace "
-                "them."
+                f"CharacterVocabulary: {unknown!r} are not among the {len(self)} known characters; "
+                f"the first is at position {min(map(text.index, unknown))}. "
+                "Build the vocabulary from a text that has them, or replace them."
             )
         return torch.tensor([numbers[character] for character in text], dtype=torch.int64)
 
@@ -155,7 +156,7 @@ class CharacterVocabulary:
         outside = [number for number in numbers if not 0 <= number < len(self)]
         if outside:
             raise InvalidArgument(
-                f"CharacterVocabulary: token {outside[0]} lies outside [0, {len(self)}). Tokens number the known "
-                "characters. Decode with the vocabulary that encoded the text."
+                f"CharacterVocabulary: token {outside[0]} lies outside [0, {len(self)}). "
+                "Tokens number the known characters. Decode with the vocabulary that encoded the text."
             )
         return "".join(self.characters[number] for number in numbers)

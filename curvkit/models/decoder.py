@@ -15,7 +15,9 @@ INITIAL_STDDEV = 0.02
 class Decoder(nn.Module):
     """A causal language model: embedding, `depth` layers of attention and SwiGLU, a norm, a head.
 
-        x = E[tokens];   x += Attention(RMSNorm(x));  x += SwiGLU(RMSNorm(x))  (depth times);   logits = RMSNorm(x) H^T
+        x = E[tokens]
+        x += Attention(RMSNorm(x));   x += SwiGLU(RMSNorm(x))       depth times
+        logits = RMSNorm(x) H^T
 
     Positions are rotary, there are no biases and no dropout. With `tied`, H is E: `head.weight` and
     `embedding.weight` are one Parameter object, as in GPT-2 and small Llamas. Attention uses torch's default
@@ -79,9 +81,10 @@ class Decoder(nn.Module):
                 f"Decoder: heads={heads} must divide width={width} into parts of even length. "
                 + (f"Pass one of {allowed}." if allowed else f"Pass an even width, for example {width + 1}.")
             )
-        if not isinstance(tied, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # recipes come from files
+        if not isinstance(tied, bool):  # recipes come from files
             raise InvalidArgument(
-                f"Decoder: tied={tied!r} must be True or False. It says whether the head is the embedding; pass a bool."
+                f"Decoder: tied={tied!r} must be True or False. "
+                "It says whether the head is the embedding; pass a bool."
             )
         super().__init__()
         self.context = context
@@ -145,8 +148,8 @@ class Decoder(nn.Module):
         """
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise InvalidArgument(
-                f"Decoder: tokens of shape {tuple(tokens.shape)} and dtype {tokens.dtype} must be [N, T] int64. "
-                "Pass for example tokens.long().view(1, -1)."
+                f"Decoder: tokens of shape {tuple(tokens.shape)} and dtype {tokens.dtype} must be "
+                "[N, T] int64. Pass for example tokens.long().view(1, -1)."
             )
         length = tokens.shape[1]
         if length > self.context:

@@ -60,8 +60,9 @@ def rotary_tables(context: int, head_width: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pair (x_i, x_{i + D/2}) at position t by its angle, so that <q_t, k_s> depends on t - s
-    alone.
+    """Rotate the pair (x_i, x_{i + D/2}) at position t by its angle.
+
+    Then <q_t, k_s> depends on q, k and t - s alone.
 
     Args:
         x: Queries or keys, [..., T, D].
@@ -84,8 +85,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention: out = W_o concat_h softmax(Q_h K_h^T / sqrt(D) + causal) V_h, with rotary Q and
-    K.
+    """Causal self-attention with rotary queries and keys.
+
+        out = W_o concat_h softmax(Q_h K_h^T / sqrt(D) + causal) V_h
 
     It calls `F.scaled_dot_product_attention` with torch's default dispatch. The fused kernels that this may
     pick have no second derivative: to differentiate twice, run under

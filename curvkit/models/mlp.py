@@ -26,8 +26,8 @@ class MLP(nn.Sequential):
 
     Args:
         sizes: Layer widths [d_0, ..., d_L], L >= 1: inputs, hidden layers, outputs.
-        activation: phi. "relu" has a Hessian of zero almost everywhere; "tanh" and "gelu" (the exact one) are
-            smooth.
+        activation: phi. "tanh" and "gelu" (the exact one) are smooth; "relu" is
+            piecewise linear.
 
     Shapes: inputs [N, ...] with d_0 numbers per example -> outputs [N, d_L].
 
@@ -45,7 +45,7 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, sizes: Sequence[int], activation: Activation = "relu") -> None:
-        if isinstance(sizes, str) or not isinstance(sizes, Sequence) or len(sizes) < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(sizes, str) or not isinstance(sizes, Sequence) or len(sizes) < 2:
             raise InvalidArgument(
                 f"MLP: sizes={sizes!r} must be a sequence of at least two integers. "
                 "They are the widths from inputs to outputs; pass for example [784, 32, 10]."
@@ -84,8 +84,8 @@ class MLP(nn.Sequential):
         """
         if input.dim() < 2 or input.shape[1:].numel() != self.sizes[0]:
             raise InvalidArgument(
-                f"MLP: inputs of shape {tuple(input.shape)} must be [N, ...] with {self.sizes[0]} numbers per example. "
-                "Reshape the inputs, or give sizes[0] the number of entries of one example."
+                f"MLP: inputs of shape {tuple(input.shape)} must be [N, ...] with {self.sizes[0]} numbers "
+                "per example. Reshape the inputs, or give sizes[0] the number of entries of one example."
             )
         z = input.flatten(1)  # [N, d_0]
         for layer in self:

@@ -66,10 +66,10 @@ class ResNet(nn.Module):
 
         depth = 6 m + 2;   channels w, 2w, 4w;   image H x W, H/2 x W/2, H/4 x W/4
 
-    Shortcuts are the paper's option A (identity, zero padding), not 1x1 projections: it is what the paper
-    uses on CIFAR, its parameters are exactly the convolutions, norms and head, and with width 16 the names
-    and shapes are those of the checkpoints of the widely used pytorch_resnet_cifar10, which load as they are.
-    Activations are not computed in place, so that the network can be differentiated twice.
+    Shortcuts are the paper's option A (identity, zero padding), not 1x1 projections with a norm: it is what
+    the paper uses on CIFAR, and every parameter belongs to one of the counted layers. Other implementations
+    project; their ResNet-20 has 272,474 parameters, this one 269,722. Nothing is computed in place, so that
+    the network can be differentiated twice.
 
     Args:
         depth: 6m + 2 with m >= 1: 8, 14, 20, 32, 44, 56, 110, ...
@@ -83,10 +83,10 @@ class ResNet(nn.Module):
     Raises:
         InvalidArgument: If a size is not an integer >= 1, or depth is not 6m + 2.
 
-    Parameters, with c input channels and C classes; 272,474 for ResNet-20 with w = 16, c = 3, C = 10:
+    Parameters, with c input channels and C classes; 269,722 for ResNet-20 with w = 16, c = 3, C = 10:
 
-        9 c w + 2 w  +  m (18 w^2 + 4 w)  +  18 w^2 + (2m - 1) 36 w^2 + 8 m w  +  72 w^2 + (2m - 1) 144 w^2 +
-        16 m w + (4 w + 1) C
+        9 c w + 2 w  +  m (18 w^2 + 4 w)  +  18 w^2 + (2 m - 1) 36 w^2 + 8 m w
+            +  72 w^2 + (2 m - 1) 144 w^2 + 16 m w  +  (4 w + 1) C
 
     Convolutions start from N(0, 2 / fan_in), the head as `nn.Linear` does; both draw from the global random
     state.
@@ -108,8 +108,8 @@ class ResNet(nn.Module):
         if m < 1 or remainder:
             below = max(8, 6 * m + 2)
             raise InvalidArgument(
-                f"ResNet: depth={depth} must be 6m + 2 with m >= 1: three stages of m blocks of two layers, a stem and "
-                f"a head. Pass for example {below} or {below + 6}."
+                f"ResNet: depth={depth} must be 6m + 2 with m >= 1: three stages of m blocks of two layers, "
+                f"a stem and a head. Pass for example {below} or {below + 6}."
             )
         super().__init__()
         self.in_channels = in_channels

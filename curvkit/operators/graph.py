@@ -21,6 +21,7 @@ class GradientGraph:
     """One per parameter; None where the loss does not depend on it."""
     total: float
     weight: float
+    count: int | None
 
     @classmethod
     def build(cls, objective: Objective, index: int) -> GradientGraph:
@@ -44,9 +45,9 @@ class GradientGraph:
         if not torch.isfinite(terms.total):
             raise CurvkitError(_not_finite(objective, index, total))
         if not terms.total.requires_grad:
-            return cls(parameters, tuple(None for _ in parameters), total, terms.weight)
+            return cls(parameters, tuple(None for _ in parameters), total, terms.weight, terms.count)
         gradient = torch.autograd.grad(terms.total, parameters, create_graph=True, allow_unused=True)
-        return cls(parameters, gradient, total, terms.weight)
+        return cls(parameters, gradient, total, terms.weight, terms.count)
 
 
 def product(graphs: Sequence[GradientGraph], pieces: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -72,13 +71,14 @@ class Hessian:
         self._fingerprint = _fingerprint(objective)
         self._retained: list[GradientGraph] | None = None
         gradient = torch.zeros(self.n, dtype=self._sum_dtype, device=self.device)
-        totals, weights, used = [], [], [False] * len(self.space.entries)
+        totals, weights, counts, used = [], [], [], [False] * len(self.space.entries)
         with objective.measuring():
             self._refuse_changing_loss()
             graphs = []
             for graph in self._build():
                 totals.append(graph.total)
                 weights.append(graph.weight)
+                counts.append(graph.count)
                 used = [seen or g is not None for seen, g in zip(used, graph.gradient, strict=True)]
                 gradient += self.space.join(flat_gradient(graph))
                 if self.plan.residency == "retained":
@@ -90,7 +90,8 @@ class Hessian:
             )
         if self.plan.residency == "retained":
             self._retained = graphs
-        self._weights = weights
+        self.terms = None if None in counts else sum(counts)
+        """Number of loss terms in all, or None where the loss does not say."""
         self._denominator = objective.denominator(weights)
         self.loss = math.fsum(totals) / self._denominator
         """L itself."""
@@ -113,7 +114,9 @@ class Hessian:
 
         Cost: about 2 gradients retained, 3.3 streamed.
         """
-        return self.matmat(v[:, None] if v.ndim == 1 else v).squeeze(1) if v.ndim == 1 else self._refuse(v)
+        if v.ndim != 1:
+            self._refuse(v)
+        return self.matmat(v[:, None]).squeeze(1)
 
     def matmat(self, V: Tensor) -> Tensor:
         """Multiply several vectors; a streamed graph is built once for all of them.
@@ -129,12 +132,10 @@ class Hessian:
 
         Cost: k products at most; streamed (1.3 + 2 k) gradients.
         """
-        if V.ndim != 2:
-            self._refuse(V)
         self._check(V)
         pieces = [list(self.space.split(v)) for v in V.unbind(1)]
         sums = torch.zeros(V.shape[1], self.n, dtype=self._sum_dtype, device=self.device)  # [k, n]
-        with self._differentiating():
+        with self.objective.measuring():
             if self._retained is not None:
                 for row, v in zip(sums, pieces, strict=True):
                     self._add(row, product(self._retained, v, keep=True))
@@ -164,7 +165,7 @@ class Hessian:
         pieces = list(self.space.split(v))
         is_sum = self.objective.loss.reduction == "sum"
         quotients, weights = [], []
-        with self._differentiating():
+        with self.objective.measuring():
             for graph in self._retained if self._retained is not None else self._build():
                 if graph.weight == 0.0 and not is_sum:
                     continue
@@ -178,11 +179,6 @@ class Hessian:
     @property
     def _sum_dtype(self) -> torch.dtype:
         return torch.float64 if len(self.objective.batches) >= MANY_BATCHES else self.dtype
-
-    @contextlib.contextmanager
-    def _differentiating(self) -> Iterator[None]:
-        with self.objective.measuring():
-            yield
 
     def _build(self) -> Iterator[GradientGraph]:
         for index in range(len(self.objective.batches)):
@@ -205,7 +201,7 @@ class Hessian:
             )
 
     def _check(self, V: Tensor) -> None:
-        if V.shape[0] != self.n or V.device != self.device or V.dtype != self.dtype:
+        if V.ndim != 2 or V.shape[0] != self.n or V.device != self.device or V.dtype != self.dtype:
             self._refuse(V)
         if self._fingerprint != _fingerprint(self.objective):
             before, now = self._fingerprint, _fingerprint(self.objective)
@@ -215,7 +211,7 @@ class Hessian:
                 "Make a new Hessian(objective) for the new parameters."
             )
 
-    def _refuse(self, V: Tensor) -> Tensor:
+    def _refuse(self, V: Tensor) -> NoReturn:
         raise InvalidArgument(
             f"Hessian: a vector of shape {tuple(V.shape)}, {V.dtype} on {V.device} was given; this operator takes [{self.n}], or [{self.n}, k] "
             f"in matmat, {self.dtype} on {self.device}. Convert it with .to(operator.device, operator.dtype)."
