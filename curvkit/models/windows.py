@@ -41,7 +41,7 @@ def random_windows(
 def spaced_windows(tokens: Tensor, length: int, count: int) -> tuple[Tensor, Tensor]:
     """Cut evenly spaced windows that do not overlap, for calibration: the same ones every time.
 
-        x_i = tokens[s_i : s_i + T],   y_i = tokens[s_i + 1 : s_i + 1 + T],   s_i = i floor((n - 1) / N)
+        x_i = tokens[s_i : s_i + T],   y_i = tokens[s_i + 1 : s_i + 1 + T],   s_i = i floor(n / N)
 
     No position is the input of two windows, and none the target of two.
 
@@ -63,7 +63,7 @@ def spaced_windows(tokens: Tensor, length: int, count: int) -> tuple[Tensor, Ten
                 [4, 5, 6]])
     """
     _check_windows("spaced_windows", tokens, length, count, overlapping=False)
-    return _cut(tokens, torch.arange(count) * ((len(tokens) - 1) // count), length)
+    return _cut(tokens, torch.arange(count) * (len(tokens) // count), length)
 
 
 def _check_windows(owner: str, tokens: Tensor, length: int, count: int, *, overlapping: bool) -> None:

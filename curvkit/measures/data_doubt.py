@@ -1,0 +1,123 @@
+"""How much would the sharpness differ on other data? Doubt from the sample, apart from the doubt of the arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from curvkit.linalg import lanczos
+from curvkit.linalg.basis import dot
+from curvkit.objectives import Objective
+from curvkit.operators import Hessian
+
+MAX_PARTS = 8
+"""A single batch is cut into this many parts at most."""
+HALF_TOLERANCE = 3e-2
+"""Residual to which the top eigenvector of one half is found; any vector gives a valid held-out quotient."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Curvature along one fixed direction on each part of the data: v'H_b v."""
+
+    quotients: tuple[float, ...]
+    """One per batch, or per part of a single batch."""
+    stderr: float
+    """Standard error of their weighted mean v'Hv as an estimate for data of the same kind, parts taken as independent and v as fixed."""
+
+    @property
+    def lowest(self) -> float:
+        """Least quotient."""
+        return min(self.quotients)
+
+    @property
+    def highest(self) -> float:
+        """Largest quotient."""
+        return max(self.quotients)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A bracket of the population's largest eigenvalue, from two halves of the data.
+
+    With u_A the top eigenvector of half A, u_A' H_B u_A has, over the draw of the independent half B, the expectation u_A' H u_A <= lambda_max(H)
+    for the Hessian H of the population: a lower bound in expectation. The value in the sample is biased the other way,
+    E lambda_max(H_sample) >= lambda_max(H), because the largest eigenvalue is a convex function of the matrix.
+    """
+
+    held_out: tuple[float, float]
+    """u_A' H_B u_A and u_B' H_A u_B."""
+    in_sample: float
+    """The largest eigenvalue of all the data."""
+
+    @property
+    def lower(self) -> float:
+        """Mean of the two held-out quotients: below lambda_max of the population, in expectation."""
+        return sum(self.held_out) / 2
+
+
+def spread(operator: Hessian, v: Tensor) -> Spread | None:
+    """Compute v'H_b v over the batches, or over parts of a single batch.
+
+    Args:
+        operator: The Hessian of all the data.
+        v: [n], of unit length.
+
+    Returns:
+        The spread; None if the data cannot be divided.
+
+    Cost: one product; for a single batch three gradients more.
+    """
+    objective = operator.objective
+    if len(objective.batches) == 1:
+        parts = objective.in_parts(MAX_PARTS)
+        if len(parts) == 1:
+            return None
+        operator = Hessian(objective.with_batches([part.batches[0] for part in parts]), residency="streamed")
+    quotients, weights = operator.batch_quotients(v)
+    if len(quotients) < 2:
+        return None
+    total, count = math.fsum(weights), len(quotients)
+    mean = math.fsum(w * q for w, q in zip(weights, quotients, strict=True)) / total
+    squares = math.fsum((w * (q - mean)) ** 2 for w, q in zip(weights, quotients, strict=True))
+    return Spread(tuple(quotients), math.sqrt(squares * count / (count - 1)) / total)
+
+
+def halves(objective: Objective, in_sample: float, *, seed: int, budget_bytes: int | None) -> Iterator[Halves | None]:
+    """Find the top eigenvector of each half and its quotient on the other.
+
+    The search on a half starts at that half's own gradient, never at a vector that has seen the other half.
+
+    Args:
+        objective: All the data.
+        in_sample: Its largest eigenvalue.
+        seed: Of the start vectors.
+        budget_bytes: Memory for the graphs of one half.
+
+    Yields:
+        None after each product, and last the bracket; nothing at all if the data cannot be divided.
+
+    Cost: about as much again as the search on all the data.
+    """
+    parts = objective.in_parts(2)
+    if len(parts) < 2:
+        return
+    tops: list[Tensor] = []
+    settings = lanczos.Settings(tolerance=HALF_TOLERANCE, max_products=60)
+    for index, part in enumerate(parts):
+        operator = Hessian(part, residency="auto", budget_bytes=budget_bytes)
+        pairs = None
+        for pairs in lanczos.search(operator, settings, start=operator.gradient, seed=seed + 1 + index):
+            yield None
+        if pairs is None or pairs.vectors is None:
+            return
+        tops.append(pairs.vectors[:, 0])
+    held_out = []
+    for u, other in ((tops[0], parts[1]), (tops[1], parts[0])):
+        operator = Hessian(other, residency="streamed")
+        held_out.append(dot(u, operator.matvec(u)))
+        yield None
+    yield Halves((held_out[0], held_out[1]), in_sample)
