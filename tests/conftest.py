@@ -37,6 +37,9 @@ def _torch_flags_are_left_alone():
     assert before["deterministic algorithms"] is False
     yield
     after = torch_flags()
+    torch.set_grad_enabled(True)  # so that the tests after this one do not fail as well
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(False)
     changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
     assert not changed, f"the test changed global torch flags (before, after): {changed}"
 

@@ -118,7 +118,7 @@ def test_resnet_parameter_count(m, w, classes, c):
 
 
 def test_resnet20_has_option_a():
-    """Two 1x1 projections with their norms would add 512 + 64 + 2048 + 128, to the 272,474 that others have."""
+    """Two 1x1 projections with their norms would add 512 + 64 + 2048 + 128: the 272,474 that others have."""
     model = ResNet()
     assert count_of(model) == 269_722 == 272_474 - (512 + 64 + 2048 + 128)
     # He et al. count the layers with weights.
@@ -422,8 +422,7 @@ def test_spaced_windows_do_not_overlap_and_are_evenly_spaced(n, length, count):
     assert torch.equal(y, x + 1)  # the tokens number their own positions
     assert torch.equal(x, x[:, :1] + torch.arange(length))
     assert x.unique().numel() == y.unique().numel() == count * length
-    assert x[:, 0].diff().unique().numel() <= 1
-    assert x[0, 0] == 0
+    assert x[:, 0].tolist() == list(range(0, count * (n // count), n // count))
 
 
 def test_spaced_windows_need_exactly_one_token_more_than_they_hold():
@@ -461,7 +460,8 @@ def generator() -> torch.Generator:
 REFUSALS = {
     "unknown builder, near": (
         lambda: build("ResNett", {}),
-        r"no model is called 'ResNett'. The names are 'decoder', 'mlp', 'resnet'. The nearest is 'resnet'. For a",
+        r"no model is called 'ResNett'. The names are 'decoder', 'mlp', 'resnet'. "
+        r"The nearest is 'resnet'. For a model of your own",
     ),
     "unknown builder, far": (
         lambda: build("gpt", {}),
@@ -579,7 +579,7 @@ REFUSALS = {
     "negative token": (lambda: CharacterVocabulary("abc").decode([-1]), r"token -1 lies outside \[0, 3\)"),
     "random windows short": (
         lambda: random_windows(torch.arange(4), 4, 2, generator=generator()),
-        r"random_windows: tokens of shape \(4,\) must be \[n\] with n >= 5: one window at least, of 4 .* Pass",
+        r"random_windows: tokens of shape \(4,\) must be \[n\] with n >= 5: one window at least, .* Pass",
     ),
     "random windows shape": (
         lambda: random_windows(torch.zeros(9, 9), 4, 2, generator=generator()),
@@ -591,7 +591,7 @@ REFUSALS = {
     ),
     "spaced windows short": (
         lambda: spaced_windows(torch.arange(8), 4, 2),
-        r"spaced_windows: tokens of shape \(8,\) must be \[n\] with n >= 9: 2 windows without overlap, of 4 .* Pass",
+        r"spaced_windows: tokens of shape \(8,\) must be \[n\] with n >= 9: 2 windows without .* Pass",
     ),
     "spaced windows count": (
         lambda: spaced_windows(torch.arange(8), 4, 1.5),

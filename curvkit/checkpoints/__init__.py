@@ -1,0 +1,9 @@
+"""Files with weights: recognised without unpickling, read as data, written so that they say what they are."""
+
+from curvkit.checkpoints.detection import Detected, detect
+from curvkit.checkpoints.fitting import fit
+from curvkit.checkpoints.reading import Checkpoint, digest, read
+from curvkit.checkpoints.recipes import Recipe
+from curvkit.checkpoints.writing import save
+
+__all__ = ["Checkpoint", "Detected", "Recipe", "detect", "digest", "fit", "read", "save"]

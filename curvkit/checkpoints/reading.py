@@ -1,0 +1,229 @@
+"""Read a checkpoint as data: nothing in it runs, and damage is found before it becomes a number."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import hashlib
+import pathlib
+import pickle
+import types
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvkit.checkpoints.detection import Detected, detect, pickled_names
+from curvkit.errors import RefusedCheckpoint
+
+WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "weights", "params")
+"""Under which key a training dict holds the weights, in order of preference."""
+STEP_KEYS = ("step", "global_step", "iter_num", "iteration", "epoch")
+
+_ARRAY = np.zeros(1)
+SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    types.SimpleNamespace,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    collections.defaultdict,
+    list,
+    dict,
+    int,
+    float,
+    datetime.datetime,
+    datetime.timedelta,
+    np.dtype,
+    np.ndarray,
+    *((f, f"{module}.{f.__name__}") for f in (np.float64(0).__reduce__()[0], _ARRAY.__reduce__()[0]) for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "uint32", "bool")),
+]
+"""Plain containers and numbers that training scripts store beside weights; none of them runs anything."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a file holds, as plain data."""
+
+    path: Path
+    kind: str
+    """"state dict", "training dict" or "curvkit"."""
+    weights: dict[str, Tensor]
+    optimizer: Mapping[str, Any] | None
+    step: int | None
+    recipe: Mapping[str, Any] | None
+    """The data recipe that `curvkit.save` wrote."""
+    keys: tuple[str, ...] = ()
+    """Top-level keys of a training dict."""
+    optimizer_names: list[list[str]] | None = field(default=None)
+    """Parameter names per group, in the order of the optimizer's state."""
+
+    @property
+    def numel(self) -> int:
+        """Numbers in all weights, buffers included."""
+        return sum(tensor.numel() for tensor in self.weights.values())
+
+    def __str__(self) -> str:
+        """One line for people."""
+        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.weights.values()})
+        parts = [self.kind, f"{len(self.weights)} tensors, {self.numel:,} numbers, {', '.join(dtypes)}"]
+        if self.step is not None:
+            parts.append(f"step {self.step}")
+        return " · ".join(parts)
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a checkpoint with `weights_only`, after its checksums.
+
+    Args:
+        path: A file that torch.save or curvkit.save wrote: a state dict, or a dict that has one.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        RefusedCheckpoint: If it is damaged, would run code, or is of a kind that is not read; the text says what to do.
+
+    Cost: two passes over the file.
+    """
+    found = detect(path)
+    _refuse_kind(found)
+    if found.kind == "torch zip":
+        _verify_archive(path)
+    return _interpret(path, _load(found))
+
+
+def digest(path: Path) -> str:
+    """Identify a file by its size and its first and last MiB.
+
+    Args:
+        path: A file.
+
+    Returns:
+        "sha256-ends:" and 16 hexadecimal digits.
+    """
+    size, sha = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        sha.update(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        sha.update(file.read(1 << 20))
+    sha.update(str(size).encode())
+    return f"sha256-ends:{sha.hexdigest()[:16]}"
+
+
+def _refuse_kind(found: Detected) -> None:
+    advice = {
+        "torchscript": "TorchScript is code. Save the weights instead: torch.save(model.state_dict(), path).",
+        "exported program": "An exported program is code. Save the weights instead: torch.save(model.state_dict(), path).",
+        "safetensors": "This version reads files of torch.save. Convert it: torch.save(safetensors.torch.load_file(path), 'weights.pt').",
+        "directory": "This version reads single files of torch.save. Pass the file inside that holds the weights.",
+    }
+    if found.kind in advice:
+        raise RefusedCheckpoint(f"{found.path}: a {found.kind}, which is not read. {advice[found.kind]}")
+
+
+def _verify_archive(path: Path) -> None:
+    """Check every record's CRC, which torch does not, and that none is compressed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise RefusedCheckpoint(
+                        f"{path}: the record {record.filename!r} is compressed, which torch.save never does: it could expand to any size. "
+                        "Write the checkpoint again with torch.save."
+                    )
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError) as error:
+        raise RefusedCheckpoint(f"{path}: the archive is damaged ({error}). Take another copy or an earlier checkpoint.") from error
+    if damaged is not None:
+        raise RefusedCheckpoint(
+            f"{path}: the record {damaged!r} does not match its checksum: the file was damaged after it was written. "
+            "Take another copy or an earlier checkpoint."
+        )
+
+
+def _load(found: Detected) -> Any:
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
+            warnings.simplefilter("ignore")
+            return torch.load(found.path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RefusedCheckpoint(_refused_names(found)) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise RefusedCheckpoint(f"{found.path}: the file is damaged ({reason}). Take another copy or an earlier checkpoint.") from error
+
+
+def _refused_names(found: Detected) -> str:
+    names: list[str] = []
+    if found.kind == "torch zip":
+        known = ("torch._utils.", "torch.serialization.", "collections.OrderedDict")
+        safe = {getattr(g, "__module__", "") + "." + getattr(g, "__qualname__", "") for g in SAFE_GLOBALS}
+        names = sorted(
+            name
+            for name in pickled_names(found.path)
+            if not name.startswith(known) and not (name.startswith("torch.") and name.endswith("Storage")) and name not in safe
+        )
+    what = f"it refers to {', '.join(names[:5])}" + (" ..." if len(names) > 5 else "") if names else "it refers to classes or functions"
+    pickled = any(".nn.modules." in name for name in names)
+    kind = "a whole pickled model" if pickled else "more than tensors and plain data"
+    return (
+        f"{found.path}: refused, {kind}: {what}, and loading those could run code. Nothing was executed. "
+        "Save the weights alone where the file was made: torch.save(model.state_dict(), path)."
+    )
+
+
+def _interpret(path: Path, content: Any) -> Checkpoint:
+    if not isinstance(content, Mapping):
+        raise RefusedCheckpoint(
+            f"{path}: holds a {type(content).__name__}, not a state dict. Save torch.save(model.state_dict(), path)."
+        )
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return Checkpoint(path, "state dict", _own_tensors(path, content), None, None, None)
+    key = next((k for k in WEIGHT_KEYS if _is_state_dict(content.get(k))), None)
+    if key is None:
+        shown = ", ".join(map(str, list(content)[:8])) or "none"
+        raise RefusedCheckpoint(
+            f"{path}: no state dict found. Its keys are: {shown}. The weights are looked for under {', '.join(WEIGHT_KEYS)}."
+        )
+    own = content.get("curvkit")
+    own = own if isinstance(own, Mapping) else {}
+    step = next((content[k] for k in STEP_KEYS if isinstance(content.get(k), int)), None)
+    optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optim") if isinstance(content.get(k), Mapping)), None)
+    names = own.get("optimizer_names")
+    return Checkpoint(
+        path,
+        "curvkit" if own else "training dict",
+        _own_tensors(path, content[key]),
+        optimizer,
+        step,
+        own.get("recipe"),
+        tuple(map(str, content)),
+        names if isinstance(names, list) else None,
+    )
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and any(isinstance(v, Tensor) for v in value.values())
+
+
+def _own_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors, each checked against its storage before anything is copied."""
+    weights = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            continue  # extra state of a module
+        if tensor.layout is torch.strided and tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), 1):
+            raise RefusedCheckpoint(
+                f"{path}: the tensor {name!r} claims {tensor.numel():,} elements but {tensor.untyped_storage().nbytes():,} bytes are stored. "
+                "Such a file would fill the memory; write it again with .contiguous() tensors."
+            )
+        weights[str(name)] = tensor
+    return weights

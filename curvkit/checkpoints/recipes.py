@@ -1,0 +1,144 @@
+"""A data recipe: how to rebuild an objective from plain values and tensors, without importing any code of the user's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvkit.errors import CurvkitError, InvalidArgument
+from curvkit.losses.known import DIVISORS
+from curvkit.models import build
+
+FORMAT = 1
+LOSSES: dict[str, Callable[..., Tensor]] = {function.__name__: function for function in DIVISORS}
+"""Names that a recipe may use for its loss: those of torch.nn.functional, and token_cross_entropy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Model, loss and calibration data by name and by value.
+
+    Args:
+        builder: A name of `curvkit.models.BUILDERS`.
+        kwargs: Of the builder.
+        loss: A name of `LOSSES`.
+        batch: {"x": inputs, "y": targets}: the examples that are measured.
+        loss_options: Keyword arguments of the loss, for example ignore_index or weight.
+        batch_size: Rows that go through the model at a time; None takes all at once. The result does not depend on it.
+
+    Raises:
+        InvalidArgument: If a name is unknown, or the batch has not the two tensors.
+
+    Example:
+        >>> batch = {"x": torch.ones(4, 2), "y": torch.tensor([0, 1, 2, 0])}
+        >>> Recipe("mlp", {"sizes": [2, 3]}, "cross_entropy", batch).to_dict()["format"]
+        1
+    """
+
+    builder: str
+    kwargs: Mapping[str, Any]
+    loss: str
+    batch: Mapping[str, Tensor]
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check names and shapes; the model is not built yet."""
+        if self.loss not in LOSSES:
+            near = difflib.get_close_matches(str(self.loss), LOSSES, 2)
+            raise InvalidArgument(
+                f"Recipe: no loss is called {self.loss!r}{', nearest: ' + ' or '.join(near) if near else ''}. "
+                f"The names are {', '.join(sorted(LOSSES))}."
+            )
+        if set(self.batch) != {"x", "y"} or not all(isinstance(value, Tensor) for value in self.batch.values()):
+            raise InvalidArgument(
+                f"Recipe: batch has {sorted(map(str, self.batch))}; it must be {{'x': inputs, 'y': targets}}, both tensors."
+            )
+        if len({value.shape[0] if value.ndim else 0 for value in self.batch.values()} | {0}) != 2:
+            shapes = {key: tuple(value.shape) for key, value in self.batch.items()}
+            raise InvalidArgument(f"Recipe: x and y must have the same number of rows, at least one; their shapes are {shapes}.")
+        if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise InvalidArgument(f"Recipe: batch_size={self.batch_size!r} must be at least 1, or None for all rows at once.")
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
+        """Read the plain form.
+
+        Args:
+            plain: As of `to_dict`.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            InvalidArgument: If a key is missing or unknown, or the format is newer than this version.
+        """
+        if plain.get("format", FORMAT) != FORMAT:
+            raise InvalidArgument(
+                f"Recipe: format {plain['format']!r} is not known to this version, which reads {FORMAT}. Update curvkit."
+            )
+        allowed = {"builder", "kwargs", "loss", "batch", "loss_options", "batch_size"}
+        unknown, missing = set(plain) - allowed - {"format"}, {"builder", "kwargs", "loss", "batch"} - set(plain)
+        if unknown or missing:
+            raise InvalidArgument(
+                f"Recipe: missing {sorted(missing)}, unknown {sorted(map(str, unknown))}. Its keys are {', '.join(sorted(allowed))}."
+            )
+        if not isinstance(plain["kwargs"], Mapping) or not isinstance(plain["batch"], Mapping):
+            raise InvalidArgument("Recipe: kwargs and batch must be dicts. Write for example kwargs={'sizes': [784, 10]}.")
+        return cls(**{key: value for key, value in plain.items() if key in allowed})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain form, which weights_only can load.
+
+        Returns:
+            A dict of primitives and tensors.
+        """
+        return {
+            "format": FORMAT,
+            "builder": self.builder,
+            "kwargs": dict(self.kwargs),
+            "loss": self.loss,
+            "loss_options": dict(self.loss_options),
+            "batch": dict(self.batch),
+            "batch_size": self.batch_size,
+        }
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """The calibration data in batches.
+
+        Returns:
+            (x, y) pairs of `batch_size` rows, the last one perhaps shorter.
+        """
+        x, y = self.batch["x"], self.batch["y"]
+        size = self.batch_size or len(x)
+        return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def check_recipe(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse a recipe that does not build the model that is being saved.
+
+    Args:
+        recipe: Its builder is run on the meta device, which allocates nothing.
+        model: The model in hand.
+
+    Raises:
+        InvalidArgument: If the builder fails, or names or shapes of the weights differ.
+    """
+    try:
+        with torch.device("meta"):
+            built = build(recipe.builder, recipe.kwargs)
+    except CurvkitError as error:
+        raise InvalidArgument(f"curvkit.save: the recipe cannot be built. {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if expected != found:
+        name = next(key for key in [*expected, *found] if expected.get(key) != found.get(key))
+        raise InvalidArgument(
+            f"curvkit.save: the recipe builds another model than the one given: {name!r} is {expected.get(name, 'absent')} by the recipe "
+            f"and {found.get(name, 'absent')} in the model. Give the builder's kwargs that made this model."
+        )
