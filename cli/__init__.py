@@ -1,0 +1,1 @@
+"""The command line of curvkit: parse, call the library, render."""

@@ -76,7 +76,13 @@ def generator(seed: int, purpose: str, index: int = 0) -> torch.Generator:
 
 
 def normal(
-    n: int, seed: int, purpose: str, index: int = 0, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    n: int,
+    seed: int,
+    purpose: str,
+    index: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw n independent standard normal numbers for (seed, purpose, index).
 

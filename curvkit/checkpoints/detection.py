@@ -102,5 +102,7 @@ def _zip_kind(path: Path) -> Kind:
     if "archive_format" in names or any(name.startswith("models/") for name in names):
         return "exported program"
     if "data.pkl" not in names:
-        raise RefusedCheckpoint(f"{path}: a zip archive, but not one that torch.save wrote. Pass the checkpoint itself.")
+        raise RefusedCheckpoint(
+            f"{path}: a zip archive, but not one that torch.save wrote. Pass the checkpoint itself."
+        )
     return "torch zip"

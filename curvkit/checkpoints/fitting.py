@@ -88,7 +88,9 @@ def _mismatch(
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             lines.append(f"  {word:<11} {', '.join(names[:SHOWN])}{more}")
-    near = [(name, close[0]) for name in missing[:SHOWN] if (close := difflib.get_close_matches(name, unexpected, 1, 0.7))]
+    near = [
+        (name, close[0]) for name in missing[:SHOWN] if (close := difflib.get_close_matches(name, unexpected, 1, 0.7))
+    ]
     if near:
         lines.append(f"  nearest     {', '.join(f'{a} ~ {b}' for a, b in near)}")
     lines.append("Build the model with the sizes of the run that wrote the file, for example with --set.")

@@ -42,7 +42,11 @@ SAFE_GLOBALS: list[Any] = [
     datetime.timedelta,
     np.dtype,
     np.ndarray,
-    *((f, f"{module}.{f.__name__}") for f in (np.float64(0).__reduce__()[0], _ARRAY.__reduce__()[0]) for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
+    *(
+        (f, f"{module}.{f.__name__}")
+        for f in (np.float64(0).__reduce__()[0], _ARRAY.__reduce__()[0])
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+    ),
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "uint32", "bool")),
 ]
 """Plain containers and numbers that training scripts store beside weights; none of them runs anything."""
@@ -141,7 +145,9 @@ def _verify_archive(path: Path) -> None:
                     )
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError) as error:
-        raise RefusedCheckpoint(f"{path}: the archive is damaged ({error}). Take another copy or an earlier checkpoint.") from error
+        raise RefusedCheckpoint(
+            f"{path}: the archive is damaged ({error}). Take another copy or an earlier checkpoint."
+        ) from error
     if damaged is not None:
         raise RefusedCheckpoint(
             f"{path}: the record {damaged!r} does not match its checksum: the file was damaged after it was written. "
@@ -158,7 +164,9 @@ def _load(found: Detected) -> Any:
         raise RefusedCheckpoint(_refused_names(found)) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise RefusedCheckpoint(f"{found.path}: the file is damaged ({reason}). Take another copy or an earlier checkpoint.") from error
+        raise RefusedCheckpoint(
+            f"{found.path}: the file is damaged ({reason}). Take another copy or an earlier checkpoint."
+        ) from error
 
 
 def _refused_names(found: Detected) -> str:
@@ -169,9 +177,15 @@ def _refused_names(found: Detected) -> str:
         names = sorted(
             name
             for name in pickled_names(found.path)
-            if not name.startswith(known) and not (name.startswith("torch.") and name.endswith("Storage")) and name not in safe
+            if not name.startswith(known)
+            and not (name.startswith("torch.") and name.endswith("Storage"))
+            and name not in safe
         )
-    what = f"it refers to {', '.join(names[:5])}" + (" ..." if len(names) > 5 else "") if names else "it refers to classes or functions"
+    what = (
+        f"it refers to {', '.join(names[:5])}" + (" ..." if len(names) > 5 else "")
+        if names
+        else "it refers to classes or functions"
+    )
     pickled = any(".nn.modules." in name for name in names)
     kind = "a whole pickled model" if pickled else "more than tensors and plain data"
     return (
@@ -196,7 +210,10 @@ def _interpret(path: Path, content: Any) -> Checkpoint:
     own = content.get("curvkit")
     own = own if isinstance(own, Mapping) else {}
     step = next((content[k] for k in STEP_KEYS if isinstance(content.get(k), int)), None)
-    optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optim") if isinstance(content.get(k), Mapping)), None)
+    optimizer = next(
+        (content[k] for k in ("optimizer", "optimizer_state_dict", "optim") if isinstance(content.get(k), Mapping)),
+        None,
+    )
     names = own.get("optimizer_names")
     return Checkpoint(
         path,
@@ -220,7 +237,9 @@ def _own_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             continue  # extra state of a module
-        if tensor.layout is torch.strided and tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), 1):
+        if tensor.layout is torch.strided and tensor.numel() * tensor.element_size() > max(
+            tensor.untyped_storage().nbytes(), 1
+        ):
             raise RefusedCheckpoint(
                 f"{path}: the tensor {name!r} claims {tensor.numel():,} elements but {tensor.untyped_storage().nbytes():,} bytes are stored. "
                 "Such a file would fill the memory; write it again with .contiguous() tensors."

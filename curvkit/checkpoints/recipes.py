@@ -61,9 +61,13 @@ class Recipe:
             )
         if len({value.shape[0] if value.ndim else 0 for value in self.batch.values()} | {0}) != 2:
             shapes = {key: tuple(value.shape) for key, value in self.batch.items()}
-            raise InvalidArgument(f"Recipe: x and y must have the same number of rows, at least one; their shapes are {shapes}.")
+            raise InvalidArgument(
+                f"Recipe: x and y must have the same number of rows, at least one; their shapes are {shapes}."
+            )
         if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
-            raise InvalidArgument(f"Recipe: batch_size={self.batch_size!r} must be at least 1, or None for all rows at once.")
+            raise InvalidArgument(
+                f"Recipe: batch_size={self.batch_size!r} must be at least 1, or None for all rows at once."
+            )
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
@@ -89,7 +93,9 @@ class Recipe:
                 f"Recipe: missing {sorted(missing)}, unknown {sorted(map(str, unknown))}. Its keys are {', '.join(sorted(allowed))}."
             )
         if not isinstance(plain["kwargs"], Mapping) or not isinstance(plain["batch"], Mapping):
-            raise InvalidArgument("Recipe: kwargs and batch must be dicts. Write for example kwargs={'sizes': [784, 10]}.")
+            raise InvalidArgument(
+                "Recipe: kwargs and batch must be dicts. Write for example kwargs={'sizes': [784, 10]}."
+            )
         return cls(**{key: value for key, value in plain.items() if key in allowed})
 
     def to_dict(self) -> dict[str, Any]:

@@ -105,7 +105,11 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 def _plain(value: Any, where: str) -> Any:
     """A copy of tensors and plain values; anything else would not be readable with weights_only."""
     if isinstance(value, Tensor):
-        return value.detach().clone() if value.numel() * value.element_size() < value.untyped_storage().nbytes() else value.detach()
+        return (
+            value.detach().clone()
+            if value.numel() * value.element_size() < value.untyped_storage().nbytes()
+            else value.detach()
+        )
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, str):
@@ -113,7 +117,11 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         return {_key(key, where): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value)) if type(value) in (list, tuple) else list(value)
+        return (
+            type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+            if type(value) in (list, tuple)
+            else list(value)
+        )
     raise InvalidArgument(
         f"curvkit.save: {where} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds tensors and plain values only, so "
         "that it can be read without running code. Convert it, for example with float(...) or str(...)."

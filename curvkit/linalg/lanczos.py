@@ -225,7 +225,17 @@ def steps(
             )
         residuals = torch.zeros(len(chosen), dtype=torch.float64) if spanned else residual_estimates(left, S[:, chosen])
         yield LanczosState(
-            theta[chosen], residuals, theta[-1].item(), theta[0].item(), products, count, restarts, spanned, chain, basis, S[:, chosen]
+            theta[chosen],
+            residuals,
+            theta[-1].item(),
+            theta[0].item(),
+            products,
+            count,
+            restarts,
+            spanned,
+            chain,
+            basis,
+            S[:, chosen],
         )
         if basis.size + block_size > capacity.rows and not spanned:
             best = wanted(theta, capacity.kept, which)
@@ -273,7 +283,12 @@ def search(
         if last or state.settled(settings.num, aim):
             pairs = _certified(A, state, partial)
             spent, aim = spent + settings.num, aim / 4
-            if last or pairs.all_converged or aim < settings.tolerance / 64 or pairs.products + settings.num >= settings.max_products:
+            if (
+                last
+                or pairs.all_converged
+                or aim < settings.tolerance / 64
+                or pairs.products + settings.num >= settings.max_products
+            ):
                 yield pairs
                 return
 
@@ -352,7 +367,8 @@ def _certified(A: LinearMap, state: LanczosState, partial: Eigenpairs) -> Eigenp
         partial,
         values=values[order],
         residuals=residuals[order],
-        converged=residuals[order] <= allowed(values[order], state.scale, partial.tolerance).clamp(min=partial.rounding),
+        converged=residuals[order]
+        <= allowed(values[order], state.scale, partial.tolerance).clamp(min=partial.rounding),
         vectors=rows[order].T,
         recomputed=True,
         products=partial.products + len(rows),
@@ -366,7 +382,9 @@ def _check_fit(A: LinearMap, settings: Settings, start: Tensor | None) -> None:
             "Ask for fewer eigenvalues."
         )
     if start is not None and start.shape != (A.n,):
-        raise InvalidArgument(f"lanczos: start has shape {tuple(start.shape)}, the matrix has order {A.n}. Pass a vector [{A.n}].")
+        raise InvalidArgument(
+            f"lanczos: start has shape {tuple(start.shape)}, the matrix has order {A.n}. Pass a vector [{A.n}]."
+        )
 
 
 def _check_finite(products: Tensor, count: int) -> None:

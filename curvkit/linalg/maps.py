@@ -97,7 +97,9 @@ class DenseMap:
 
     def __init__(self, matrix: Tensor) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.shape[0]:
-            raise InvalidArgument(f"DenseMap: a matrix of shape {tuple(matrix.shape)} is not square. Pass a tensor of shape [n, n].")
+            raise InvalidArgument(
+                f"DenseMap: a matrix of shape {tuple(matrix.shape)} is not square. Pass a tensor of shape [n, n]."
+            )
         if not matrix.dtype.is_floating_point:
             raise InvalidArgument(f"DenseMap: the matrix has dtype {matrix.dtype}. Pass a real floating-point tensor.")
         if not bool(torch.isfinite(matrix).all()):

@@ -85,7 +85,9 @@ def lower_bound(chain: Chain, confidence: float) -> float | None:
     Returns:
         The bound; None if nothing useful follows.
     """
-    mirrored = upper_bound(Chain(-chain.ritz, chain.betas, chain.random_share, chain.n, chain.product_error), confidence)
+    mirrored = upper_bound(
+        Chain(-chain.ritz, chain.betas, chain.random_share, chain.n, chain.product_error), confidence
+    )
     return None if mirrored is None else -mirrored
 
 

@@ -119,7 +119,9 @@ def inputs_and_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], A
     if isinstance(batch, tuple | list) and len(batch) >= 2:
         return tuple(batch[:-1]), {}, batch[-1]
     got = f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
-    raise UnknownObjective(f"Objective: a loss (outputs, targets) needs targets; the batch is {got} without any. {advice}")
+    raise UnknownObjective(
+        f"Objective: a loss (outputs, targets) needs targets; the batch is {got} without any. {advice}"
+    )
 
 
 def check_batch(batch: Batch, index: int) -> None:

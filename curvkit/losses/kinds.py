@@ -95,7 +95,7 @@ class KnownLoss:
 
     @property
     def reduction(self) -> Reduction:
-        """"sum" if the user said so, else "mean"."""
+        """ "sum" if the user said so, else "mean"."""
         return "sum" if self.options.get("reduction") == "sum" else "mean"
 
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:

@@ -38,7 +38,11 @@ def scalar_or_pair(value: Any, name: str) -> tuple[LossTerms, bool]:
     said = isinstance(value, tuple | list) and len(value) == 2
     total, count = value if said else (value, 1)
     if not isinstance(total, Tensor) or total.numel() != 1 or not total.dtype.is_floating_point:
-        got = f"a tensor of shape {tuple(total.shape)}, {total.dtype}" if isinstance(total, Tensor) else f"a {type(total).__name__}"
+        got = (
+            f"a tensor of shape {tuple(total.shape)}, {total.dtype}"
+            if isinstance(total, Tensor)
+            else f"a {type(total).__name__}"
+        )
         raise UnknownObjective(
             f"Objective: the loss {name} returned {got}; it must return a scalar, or a pair (sum, count). "
             "Reduce it with .mean() or .sum(); a model's output object has the loss as an attribute, for example output.loss."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
@@ -16,7 +16,7 @@ from curvkit.measures.data_doubt import Halves, Spread, halves, spread
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian, Plan
 from curvkit.operators.plan import Residency, free_memory
-from curvkit.results import Definition, Eigenpairs
+from curvkit.results import Definition, Eigenpairs, plain
 
 Stage = Literal["searching", "spread", "halves", "complete"]
 
@@ -38,7 +38,9 @@ class SharpnessSettings:
     def __post_init__(self) -> None:
         """Check the values."""
         if self.memory_bytes is not None and self.memory_bytes <= 0:
-            raise InvalidArgument(f"sharpness: memory_bytes={self.memory_bytes!r} must be positive. Pass bytes, for example 4 * 2**30.")
+            raise InvalidArgument(
+                f"sharpness: memory_bytes={self.memory_bytes!r} must be positive. Pass bytes, for example 4 * 2**30."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +71,51 @@ class Sharpness:
         """The first eigenvalue: lambda_max for which="largest"."""
         return self.eigenpairs.values[0].item()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain values, without the vectors: what `--json` prints under "result".
 
-def sharpness_steps(objective: Objective, settings: SharpnessSettings | None = None, *, seed: int | None = None) -> Iterator[Sharpness]:
+        Returns:
+            Mappings, lists, numbers and strings.
+        """
+        pairs = self.eigenpairs
+        rows = zip(pairs.values, pairs.intervals, pairs.residuals, pairs.converged, strict=True)
+        return plain(
+            {
+                "quantity": f"{pairs.which} eigenvalues of the Hessian",
+                "definition": {**plain(self.definition), "text": str(self.definition)},
+                "eigenvalues": [
+                    {
+                        "value": value,
+                        "low": interval[0],
+                        "high": interval[1],
+                        "residual": residual,
+                        "converged": converged,
+                    }
+                    for value, interval, residual, converged in rows
+                ],
+                "residuals_recomputed": pairs.recomputed,
+                "tolerance": pairs.tolerance,
+                "upper_bound": pairs.upper_bound,
+                "lower_bound": pairs.lower_bound,
+                "bounds_confidence": pairs.confidence,
+                "multiplicities_below": pairs.multiplicities_below,
+                "loss": self.loss,
+                "gradient_norm": self.gradient_norm,
+                "batch_spread": self.spread,
+                "halves": None if self.halves is None else {**plain(self.halves), "lower": self.halves.lower},
+                "products": self.products,
+                "search_products": pairs.products,
+                "seconds": self.seconds,
+                "stage": self.stage,
+                "unused_parameters": self.unused,
+                "notes": self.notes,
+            }
+        )
+
+
+def sharpness_steps(
+    objective: Objective, settings: SharpnessSettings | None = None, *, seed: int | None = None
+) -> Iterator[Sharpness]:
     """Measure sharpness step by step: one partial result after each product, so that a caller can show progress and stop.
 
     Args:
@@ -178,13 +223,19 @@ def _with_data_doubt(result: Sharpness, operator: Hessian, graphs: int | None) -
     if result.eigenpairs.which == "smallest":
         return
     before = result.products
-    for count, bracket in enumerate(halves(operator.objective, result.value, seed=result.seed, budget_bytes=graphs), start=1):
+    for count, bracket in enumerate(
+        halves(operator.objective, result.value, seed=result.seed, budget_bytes=graphs), start=1
+    ):
         result = replace(result, halves=bracket, stage="halves", products=before + (count + 1) // 2)
         yield result
 
 
 def _rows(operator: Hessian, settings: SharpnessSettings) -> int:
-    budget = settings.memory_bytes // 2 if settings.memory_bytes is not None else int(BASIS_FRACTION * free_memory(operator.device))
+    budget = (
+        settings.memory_bytes // 2
+        if settings.memory_bytes is not None
+        else int(BASIS_FRACTION * free_memory(operator.device))
+    )
     rows = budget // (operator.n * operator.dtype.itemsize)
     return rows if settings.search.max_rows is None else min(rows, settings.search.max_rows)
 
@@ -194,7 +245,9 @@ def _definition(operator: Hessian) -> Definition:
     return Definition(
         matrix="hessian",
         loss=objective.loss.name,
-        reduction=objective.loss.reduction if operator.terms is None or objective.loss.reduction != "as returned" else "mean",
+        reduction=objective.loss.reduction
+        if operator.terms is None or objective.loss.reduction != "as returned"
+        else "mean",
         terms=operator.terms,
         examples=objective.examples,
         batches=len(objective.batches),

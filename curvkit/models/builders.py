@@ -60,9 +60,7 @@ def build(name: str, kwargs: Mapping[str, object]) -> nn.Module:
             f"build: {name!r} has no keyword argument {unknown[0]!r}. It takes {_listed(parameters)}. "
             f"{_nearest(unknown[0], parameters)}Remove or rename it in the recipe."
         )
-    missing = [
-        key for key, p in parameters.items() if p.default is inspect.Parameter.empty and key not in kwargs
-    ]
+    missing = [key for key, p in parameters.items() if p.default is inspect.Parameter.empty and key not in kwargs]
     if missing:
         raise InvalidArgument(
             f"build: {name!r} was given {_listed(kwargs) or 'nothing'} and lacks {_listed(missing)}. "

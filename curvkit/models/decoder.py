@@ -72,9 +72,7 @@ class Decoder(nn.Module):
         check_count("Decoder", "heads", heads, "the number of attention heads", 4)
         check_count("Decoder", "context", context, "the greatest length of a sequence", 128)
         hidden = 8 * -(-width // 3) if hidden is None else hidden
-        check_count(
-            "Decoder", "hidden", hidden, "the inner width of the feed-forward layers", 8 * -(-width // 3)
-        )
+        check_count("Decoder", "hidden", hidden, "the inner width of the feed-forward layers", 8 * -(-width // 3))
         if width % heads or (width // heads) % 2:
             allowed = [h for h in range(1, width // 2 + 1) if width % h == 0 and (width // h) % 2 == 0]
             raise InvalidArgument(
@@ -83,8 +81,7 @@ class Decoder(nn.Module):
             )
         if not isinstance(tied, bool):  # recipes come from files
             raise InvalidArgument(
-                f"Decoder: tied={tied!r} must be True or False. "
-                "It says whether the head is the embedding; pass a bool."
+                f"Decoder: tied={tied!r} must be True or False. It says whether the head is the embedding; pass a bool."
             )
         super().__init__()
         self.context = context

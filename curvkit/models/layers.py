@@ -53,9 +53,7 @@ def rotary_tables(context: int, head_width: int) -> tuple[Tensor, Tensor]:
         torch.Size([8, 2])
     """
     pairs = torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu")
-    angles = torch.outer(
-        torch.arange(context, dtype=torch.float64, device="cpu"), ROTARY_BASE ** (-pairs / head_width)
-    )
+    angles = torch.outer(torch.arange(context, dtype=torch.float64, device="cpu"), ROTARY_BASE ** (-pairs / head_width))
     return angles.cos(), angles.sin()
 
 
@@ -123,8 +121,7 @@ class Attention(nn.Module):
             [N, T, w].
         """
         q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )  # [N, H, T, D]
         mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         return self.output(mixed.transpose(1, 2).flatten(2))  # [N, H, T, D] -> [N, T, w]

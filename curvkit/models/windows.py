@@ -9,9 +9,7 @@ from curvkit.errors import InvalidArgument
 from curvkit.models.checks import check_count
 
 
-def random_windows(
-    tokens: Tensor, length: int, count: int, *, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def random_windows(tokens: Tensor, length: int, count: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw windows at independent, uniformly distributed places, for training.
 
         x_i = tokens[s_i : s_i + T],   y_i = tokens[s_i + 1 : s_i + 1 + T]

@@ -28,7 +28,9 @@ def check_source(data: Any) -> None:
     Raises:
         InvalidArgument: If it is a lone batch, a one-shot iterator, or not iterable.
     """
-    if isinstance(data, Tensor | Mapping) or (isinstance(data, tuple) and data and all(isinstance(x, Tensor) for x in data)):
+    if isinstance(data, Tensor | Mapping) or (
+        isinstance(data, tuple) and data and all(isinstance(x, Tensor) for x in data)
+    ):
         raise InvalidArgument(
             f"Objective: data is a single batch (a {type(data).__name__}), but an iterable of batches is expected. "
             "Put it in a list: data=[batch]."
@@ -64,7 +66,9 @@ def draw(data: Iterable[Batch], limit: int | None) -> tuple[tuple[Batch, ...], t
         _refuse_augmentation(data)
     batches = _once(data, limit)
     if not batches:
-        raise InvalidArgument("Objective: data gave no batches. Pass at least one batch; a loader with drop_last=True drops a short one.")
+        raise InvalidArgument(
+            "Objective: data gave no batches. Pass at least one batch; a loader with drop_last=True drops a short one."
+        )
     for index, batch in enumerate(batches):
         check_batch(batch, index)
     if not isinstance(data, DataLoader | list | tuple) and _fingerprints(_once(data, 1)) != _fingerprints(batches[:1]):
@@ -92,7 +96,9 @@ def fingerprint(batches: Iterable[Batch]) -> str:
 
 
 def _once(data: Iterable[Batch], limit: int | None) -> tuple[Batch, ...]:
-    generators = [g for g in (getattr(data, "generator", None), getattr(getattr(data, "sampler", None), "generator", None)) if g]
+    generators = [
+        g for g in (getattr(data, "generator", None), getattr(getattr(data, "sampler", None), "generator", None)) if g
+    ]
     states = [g.get_state() for g in generators]
     with random_state():
         torch.manual_seed(DRAW_SEED)

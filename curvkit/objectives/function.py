@@ -62,7 +62,9 @@ class Objective:
     def __post_init__(self) -> None:
         """Check the arguments; nothing is run yet."""
         if not isinstance(self.model, nn.Module):
-            raise InvalidArgument(f"Objective: model={type(self.model).__name__} is not a torch.nn.Module. Pass the module itself.")
+            raise InvalidArgument(
+                f"Objective: model={type(self.model).__name__} is not a torch.nn.Module. Pass the module itself."
+            )
         if self.num_batches is not None and self.num_batches < 1:
             raise InvalidArgument(f"Objective: num_batches={self.num_batches!r} must be at least 1, or None for all.")
         object.__setattr__(self, "loss", as_loss(self.loss))
@@ -86,7 +88,9 @@ class Objective:
         space, notes = self.parameters, list(self._drawn[1])
         if space.tied:
             alias, name = next(iter(space.tied.items()))
-            notes.append(f"tied: {alias} = {name}" + (f" and {len(space.tied) - 1} more" if len(space.tied) > 1 else ""))
+            notes.append(
+                f"tied: {alias} = {name}" + (f" and {len(space.tied) - 1} more" if len(space.tied) > 1 else "")
+            )
         if space.frozen:
             notes.append(f"{len(space.frozen)} frozen parameter tensors left out")
         if space.excluded:
@@ -123,7 +127,7 @@ class Objective:
 
     @property
     def mode(self) -> str:
-        """"eval", "train" or "mixed"."""
+        """ "eval", "train" or "mixed"."""
         return mode(self.model)
 
     @property
@@ -154,8 +158,8 @@ class Objective:
             Sum and weight of its terms; the sum is differentiable.
 
         Raises:
-            UnknownObjective: If the loss is no scalar, or its terms are unknown and there are several batches.
-            InvalidArgument: If the batch lies on another device.
+            UnknownObjective: If the loss is no scalar, its terms are unknown and there are several batches, or the batch lies on
+                another device than the model.
             UnsupportedModel: If the forward pass writes to its input.
         """
         batch = self.batches[index]
@@ -283,7 +287,7 @@ class Objective:
     def _check_device(self, batch: Batch, index: int) -> None:
         for tensor in tensors(batch):
             if tensor.device != self.device:
-                raise InvalidArgument(
+                raise UnknownObjective(
                     f"Objective: batch {index} has a tensor on {tensor.device}, the model is on {self.device}. "
-                    f"Move the data, or measure a copy: objective.converted(device={str(tensor.device)!r})."
+                    f"Move the data with batch.to(device), or the model."
                 )

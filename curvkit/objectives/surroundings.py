@@ -49,7 +49,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(name, p, p.grad, p.requires_grad, p._version) for name, p in model.named_parameters()]
     buffers = [
-        (module, dict(module._buffers), [(b, b._version, b.detach().clone()) for b in module._buffers.values() if b is not None])
+        (
+            module,
+            dict(module._buffers),
+            [(b, b._version, b.detach().clone()) for b in module._buffers.values() if b is not None],
+        )
         for module in model.modules()
         if module._buffers
     ]

@@ -39,7 +39,9 @@ class Plan:
         return f"{self.rule}, {self.residency} ({self.reason})"
 
 
-def choose(objective: Objective, *, residency: Residency | Literal["auto"] = "auto", budget_bytes: int | None = None) -> Plan:
+def choose(
+    objective: Objective, *, residency: Residency | Literal["auto"] = "auto", budget_bytes: int | None = None
+) -> Plan:
     """Choose between keeping the graphs and building them anew for each product.
 
     The bytes that the first batch's graph of loss and gradient saves are counted by running it once under hooks that see every saved
@@ -60,9 +62,13 @@ def choose(objective: Objective, *, residency: Residency | Literal["auto"] = "au
     Cost: about 1.5 gradients of the first batch.
     """
     if residency not in (*get_args(Residency), "auto"):
-        raise InvalidArgument(f"Hessian: residency={residency!r} is not one of retained, streamed, auto. Use 'auto' if in doubt.")
+        raise InvalidArgument(
+            f"Hessian: residency={residency!r} is not one of retained, streamed, auto. Use 'auto' if in doubt."
+        )
     if budget_bytes is not None and budget_bytes <= 0:
-        raise InvalidArgument(f"Hessian: budget_bytes={budget_bytes!r} must be positive. Pass the bytes that graphs may take.")
+        raise InvalidArgument(
+            f"Hessian: budget_bytes={budget_bytes!r} must be positive. Pass the bytes that graphs may take."
+        )
     budget = budget_bytes if budget_bytes is not None else int(BUDGET_FRACTION * free_memory(objective.device))
     first = graph_bytes(objective, 0)
     held = sum(int(first * _share(objective, index)) for index in range(len(objective.batches)))
@@ -132,7 +138,10 @@ def free_memory(device: torch.device) -> int:
         if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, open("/sys/fs/cgroup/memory.current", encoding="ascii") as now:
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as now,
+        ):
             free = min(free, int(limit.read()) - int(now.read()))
     except (OSError, ValueError):
         pass  # no control group, or "max"

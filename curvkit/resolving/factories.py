@@ -98,7 +98,9 @@ def _converted(factory: Callable[..., Any], settings: Mapping[str, str]) -> dict
     missing = [
         key
         for key, p in parameters.items()
-        if p.default is inspect.Parameter.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and key not in values
+        if p.default is inspect.Parameter.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and key not in values
     ]
     if missing:
         raise UnknownObjective(f"--objective: the factory needs {', '.join(missing)}. Add --set {missing[0]}=VALUE.")
@@ -114,12 +116,16 @@ def _value(key: str, text: str, kind: Any) -> Any:
             with contextlib.suppress(ValueError):
                 return candidate(text)
     shown = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
-    raise UnknownObjective(f"--set {key}={text}: not a value of type {shown}. Types are those of the factory's annotations: bool, int, float, str.")
+    raise UnknownObjective(
+        f"--set {key}={text}: not a value of type {shown}. Types are those of the factory's annotations: bool, int, float, str."
+    )
 
 
 def _import_file(path: Path) -> types.ModuleType:
     if not path.is_file():
-        raise UnknownObjective(f"--objective {str(path)!r}: there is no such file. Paths are taken from the current directory, {_here()}.")
+        raise UnknownObjective(
+            f"--objective {str(path)!r}: there is no such file. Paths are taken from the current directory, {_here()}."
+        )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UnknownObjective(f"--objective {str(path)!r}: Python cannot import it. Pass a .py file.")

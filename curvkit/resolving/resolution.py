@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from curvkit.checkpoints import Checkpoint, Recipe, fit
 from curvkit.checkpoints.recipes import LOSSES
@@ -24,16 +24,23 @@ class Resolved:
     """One line for people, for example "train.py:objective (--objective)"."""
 
 
-def resolve(checkpoint: Checkpoint, *, reference: str | None = None, settings: Mapping[str, str] | None = None) -> Resolved:
+def resolve(
+    checkpoint: Checkpoint,
+    *,
+    reference: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    num_batches: int | None = None,
+) -> Resolved:
     """Find the objective and put the checkpoint's weights into its model.
 
     Args:
         checkpoint: As read.
         reference: "file.py:function" or "module:function", named by the user; wins over the file.
         settings: Keyword arguments for that function, as text.
+        num_batches: Take only the first batches of its data.
 
     Returns:
-        The objective; its model has the weights, in the mode in which it was made.
+        The objective, its data drawn; its model has the weights, in the mode in which it was made.
 
     Raises:
         UnknownObjective: If nothing says what to measure, or the weights do not fit the model.
@@ -50,6 +57,11 @@ def resolve(checkpoint: Checkpoint, *, reference: str | None = None, settings: M
     else:
         raise UnknownObjective(_teaching(checkpoint))
     fit(objective.model, checkpoint.weights, checkpoint.path.name)
+    try:
+        objective = replace(objective, num_batches=num_batches or objective.num_batches)
+        objective.batches  # noqa: B018  drawn now, so that bad data is told from bad options
+    except InvalidArgument as error:
+        raise UnknownObjective(str(error)) from error
     return Resolved(objective, source)
 
 

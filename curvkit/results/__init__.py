@@ -1,6 +1,7 @@
-"""Frozen results that carry their doubt."""
+"""Frozen results that carry their doubt, and the record that goes with them."""
 
 from curvkit.results.definition import Definition
 from curvkit.results.eigenpairs import Eigenpairs
+from curvkit.results.record import environment, peak_memory, plain, repository, to_json
 
-__all__ = ["Definition", "Eigenpairs"]
+__all__ = ["Definition", "Eigenpairs", "environment", "peak_memory", "plain", "repository", "to_json"]
