@@ -118,7 +118,7 @@ class CharacterDemo:
             yield DemoState(step + 1, self.steps, loss.item(), saved)
 
     def _model(self, vocabulary: int) -> tuple[Decoder, dict[str, Any]]:
-        kwargs = {
+        kwargs: dict[str, Any] = {
             "vocabulary": vocabulary,
             "width": self.width,
             "depth": self.depth,

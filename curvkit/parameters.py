@@ -206,7 +206,7 @@ def _patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...] | None:
 
 
 def _check_kind(name: str, parameter: Tensor) -> None:
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if isinstance(parameter, nn.UninitializedParameter):
         raise UnsupportedModel(
             f"ParameterSpace: parameter {name!r} has no shape yet (a lazy module). "
             "Run the model once on a batch, then build the space."

@@ -22,6 +22,9 @@ SEED_LIMIT = 2**63
 def draw_seed() -> int:
     """Draw a seed from the operating system, for `seed=None`; 32 bits, so that it is easy to retype.
 
+    Returns:
+        A seed.
+
     Example:
         >>> 0 <= draw_seed() < 2**32
         True

@@ -27,7 +27,7 @@ WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "weights", "par
 """Under which key a training dict holds the weights, in order of preference."""
 STEP_KEYS = ("step", "global_step", "iter_num", "iteration", "epoch")
 
-_ARRAY = np.zeros(1)
+_NUMPY_MAKERS: tuple[Any, ...] = (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])
 SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     types.SimpleNamespace,
@@ -44,7 +44,7 @@ SAFE_GLOBALS: list[Any] = [
     np.ndarray,
     *(
         (f, f"{module}.{f.__name__}")
-        for f in (np.float64(0).__reduce__()[0], _ARRAY.__reduce__()[0])
+        for f in _NUMPY_MAKERS
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     ),
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "uint32", "bool")),

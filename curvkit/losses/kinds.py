@@ -95,7 +95,7 @@ class KnownLoss:
 
     @property
     def reduction(self) -> Reduction:
-        """ "sum" if the user said so, else "mean"."""
+        """The word "sum" if the user said so, else "mean"."""
         return "sum" if self.options.get("reduction") == "sum" else "mean"
 
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
@@ -116,21 +116,17 @@ class KnownLoss:
         divisor, count = DIVISORS[self.function](outputs.detach(), targets, self.options)
         return LossTerms(total, divisor, count)
 
-    def misfit(self, model: nn.Module, batch: Batch) -> float:
-        """How far sum / divisor is from the mean that the function itself gives on this batch.
+    def own_value(self, model: nn.Module, batch: Batch) -> float:
+        """The value of the user's own call, its reduction included: what `terms` must agree with.
 
         Args:
             model: Called with the batch's inputs.
             batch: One batch.
 
         Returns:
-            Relative difference; 0 if the batch has no terms. It is rounding, or the table does not know this function.
+            The loss of this batch; NaN for the mean of no terms.
         """
-        terms = self.terms(model, batch)
-        if self.reduction != "mean" or terms.weight == 0.0:
-            return 0.0
-        own = self.function(*self._forward(model, batch), **self.options).item()
-        return abs(terms.total.item() / terms.weight - own) / max(abs(own), 1e-30)
+        return self.function(*self._forward(model, batch), **self.options).item()
 
     def moved(self, device: torch.device | None, dtype: torch.dtype | None) -> KnownLoss:
         """Move class weights and the like.

@@ -43,9 +43,9 @@ class Spread:
 class Halves:
     """A bracket of the population's largest eigenvalue, from two halves of the data.
 
-    With u_A the top eigenvector of half A, u_A' H_B u_A has, over the draw of the independent half B, the expectation u_A' H u_A <= lambda_max(H)
-    for the Hessian H of the population: a lower bound in expectation. The value in the sample is biased the other way,
-    E lambda_max(H_sample) >= lambda_max(H), because the largest eigenvalue is a convex function of the matrix.
+    With u_A the top eigenvector of half A, u_A' H_B u_A has, over the draw of the independent half B, the expectation
+    u_A' H u_A <= lambda_max(H) for the Hessian H of the population: a lower bound in expectation. The value in the sample is
+    biased the other way, E lambda_max(H_sample) >= lambda_max(H), because the largest eigenvalue is convex in the matrix.
     """
 
     held_out: tuple[float, float]
@@ -109,12 +109,13 @@ def halves(objective: Objective, in_sample: float, *, seed: int, budget_bytes: i
     settings = lanczos.Settings(tolerance=HALF_TOLERANCE, max_products=60)
     for index, part in enumerate(parts):
         operator = Hessian(part, residency="auto", budget_bytes=budget_bytes)
-        pairs = None
+        top = None
         for pairs in lanczos.search(operator, settings, start=operator.gradient, seed=seed + 1 + index):
+            top = pairs.vectors
             yield None
-        if pairs is None or pairs.vectors is None:
+        if top is None:
             return
-        tops.append(pairs.vectors[:, 0])
+        tops.append(top[:, 0])
     held_out = []
     for u, other in ((tops[0], parts[1]), (tops[1], parts[0])):
         operator = Hessian(other, residency="streamed")

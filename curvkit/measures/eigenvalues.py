@@ -158,8 +158,9 @@ def sharpness_steps(
     if result is None or result.eigenpairs.vectors is None:
         return
     if settings.data_doubt:
-        for result in _with_data_doubt(result, operator, graphs):
-            yield replace(result, seconds=time.perf_counter() - began)
+        for doubted in _with_data_doubt(result, operator, graphs):
+            result = replace(doubted, seconds=time.perf_counter() - began)
+            yield result
     yield replace(result, stage="complete", seconds=time.perf_counter() - began)
 
 

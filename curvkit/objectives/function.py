@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -71,7 +71,7 @@ class Objective:
         drawing.check_source(self.data)
         if not isinstance(self.parameters, ParameterSpace):
             object.__setattr__(self, "parameters", ParameterSpace.of(self.model, self.parameters))
-        self.parameters.tensors(self.model)
+        self.parameters.tensors(self.model)  # they must be this model's
 
     @cached_property
     def _drawn(self) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
@@ -127,7 +127,7 @@ class Objective:
 
     @property
     def mode(self) -> str:
-        """ "eval", "train" or "mixed"."""
+        """Mode of the model: "eval", "train" or "mixed"."""
         return mode(self.model)
 
     @property
@@ -137,7 +137,7 @@ class Objective:
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
     @contextlib.contextmanager
-    def measuring(self) -> Iterator[None]:
+    def measuring(self) -> Generator[None]:
         """Everything is left as it was found, and kernels are exact; each public measurement runs inside this.
 
         Raises:
@@ -173,8 +173,8 @@ class Objective:
             )
         if terms.count is None and not isinstance(self._loss, KnownLoss) and len(self.batches) > 1:
             raise UnknownObjective(
-                f"Objective: the loss {self._loss.name} returned a scalar, but there are {len(self.batches)} batches, and how to weight them "
-                "is not known: batches with different numbers of terms would give a wrong mean. Return (sum, count) from the loss, "
+                f"Objective: the loss {self._loss.name} returned a scalar, but there are {len(self.batches)} batches, and how to "
+                "weight them is not known: batches with different numbers of terms would give a wrong mean. Return (sum, count) from the loss, "
                 "use one of torch.nn.functional's losses, or pass all data as one batch."
             )
         return terms

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm  # the common base of all BatchNorm layers
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  the common base of all BatchNorm layers
+from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]  likewise
 
 from curvkit.errors import UnsupportedModel
 

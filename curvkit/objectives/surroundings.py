@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvkit.errors import UnsupportedModel
 
 
 @contextlib.contextmanager
-def random_state() -> Iterator[None]:
+def random_state() -> Generator[None]:
     """Restore the random states of torch (CPU and, once used, CUDA), numpy and Python on leaving."""
     cpu, python = torch.get_rng_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -34,7 +34,7 @@ def random_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Generator[None]:
     """Restore a model's modes, `.grad`, `requires_grad` flags and buffers, also when something raises.
 
     Inside, every `.grad` is None. A forward pass that writes to a parameter is refused afterwards, because the function that was
@@ -49,13 +49,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(name, p, p.grad, p.requires_grad, p._version) for name, p in model.named_parameters()]
     buffers = [
-        (
-            module,
-            dict(module._buffers),
-            [(b, b._version, b.detach().clone()) for b in module._buffers.values() if b is not None],
-        )
+        (module, name, buffer, buffer._version, buffer.detach().clone())
         for module in model.modules()
-        if module._buffers
+        for name, buffer in module.named_buffers(recurse=False)
     ]
     for _, p, *_ in parameters:
         p.grad = None
@@ -68,13 +64,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             p.grad = grad
             if p.requires_grad != requires_grad:
                 p.requires_grad_(requires_grad)
-        for module, registered, copies in buffers:
-            module._buffers.clear()
-            module._buffers.update(registered)
-            with torch.no_grad():
-                for buffer, version, copy in copies:
-                    if buffer._version != version:
-                        buffer.copy_(copy)
+        for module, name, buffer, version, copy in buffers:
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(copy)
     written = [name for name, p, _, _, version in parameters if p._version != version]
     if written:
         raise UnsupportedModel(
@@ -84,7 +79,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exact_arithmetic(model: nn.Module) -> Iterator[None]:
+def exact_arithmetic(model: nn.Module) -> Generator[None]:
     """Kernels that can be differentiated twice and do not round more than their dtype.
 
     Attention by the MATH backend (the fused ones have no second derivative), no fused encoder path, no autocast, gradients on, compiled
@@ -103,13 +98,16 @@ def exact_arithmetic(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         if on_cuda:
             stack.enter_context(_ieee_on_cuda(any(isinstance(module, nn.RNNBase) for module in model.modules())))
-        if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules()):
+        if any(
+            type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
+            for m in model.modules()
+        ):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 @contextlib.contextmanager
-def _flag_encoder_fastpath() -> Iterator[None]:
+def _flag_encoder_fastpath() -> Generator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -119,7 +117,7 @@ def _flag_encoder_fastpath() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ieee_on_cuda(recurrent: bool) -> Iterator[None]:
+def _ieee_on_cuda(recurrent: bool) -> Generator[None]:
     """TF32 off for convolutions and matrix products; cuDNN off where its recurrent layers have no second derivative."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = matmul.allow_tf32

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
+from curvkit.losses import KnownLoss
 from curvkit.objectives import Objective
+from curvkit.objectives.surroundings import exact_arithmetic
 from curvkit.operators.graph import GradientGraph, flat_gradient, product
 from curvkit.operators.plan import Plan, Residency, choose
 from curvkit.parameters import ParameterSpace
@@ -24,9 +26,9 @@ class Hessian:
 
         H v = (1 / W) sum_b d/dtheta (grad total_b . v),    W = sum_b weight_b
 
-    exact up to rounding (reverse over reverse), for all the data of the objective. The graphs of the gradients are retained, so that a product
-    costs about two gradients, or streamed: built anew for each product, one batch at a time. Where the second derivative does
-    not exist (ReLU at 0) it is the one of the side that torch takes.
+    exact up to rounding (reverse over reverse), for all the data of the objective. The graphs of the gradients are retained, so that a
+    product costs about two gradients, or streamed: built anew for each product, one batch at a time. Where the second
+    derivative does not exist (ReLU at 0) it is the one of the side that torch takes.
 
     The operator belongs to the parameters as they are at its construction; if they change, products are refused.
 
@@ -42,7 +44,8 @@ class Hessian:
         CurvkitError: If the loss is not finite.
 
     Cost: construction about 1.5 gradients of one batch, and 1.3 of all if retained. A product then takes about 2 gradients
-        retained, 3.3 streamed. Memory: retained about 2.6 times the activations of a gradient over all data; streamed the same for one batch.
+        retained, 3.3 streamed. Memory: retained about 2.6 times the activations of a gradient over all data; streamed the same
+        for one batch.
     Source: Pearlmutter (1994) for the product; here by double backward, as in Werbos (1988) and every autograd system since.
 
     Example:
@@ -73,7 +76,7 @@ class Hessian:
         gradient = torch.zeros(self.n, dtype=self._sum_dtype, device=self.device)
         totals, weights, counts, used = [], [], [], [False] * len(self.space.entries)
         with objective.measuring():
-            self._refuse_changing_loss()
+            self._refuse_doubtful_loss()
             graphs = []
             for graph in self._build():
                 totals.append(graph.total)
@@ -134,17 +137,15 @@ class Hessian:
         """
         self._check(V)
         pieces = [list(self.space.split(v)) for v in V.unbind(1)]
-        sums = torch.zeros(V.shape[1], self.n, dtype=self._sum_dtype, device=self.device)  # [k, n]
-        with self.objective.measuring():
-            if self._retained is not None:
-                for row, v in zip(sums, pieces, strict=True):
-                    self._add(row, product(self._retained, v, keep=True))
-            else:
-                for graph in self._build():
-                    for i, (row, v) in enumerate(zip(sums, pieces, strict=True)):
-                        self._add(row, product([graph], v, keep=i + 1 < len(pieces)))
+        if self._retained is not None and len(self._retained) < MANY_BATCHES:
+            with exact_arithmetic(self.objective.model):  # no forward pass: nothing else could be disturbed
+                rows = [self._flat(product(self._retained, v, keep=True)) for v in pieces]
+        else:
+            with self.objective.measuring():
+                rows = self._summed(pieces)
         self.products += V.shape[1]
-        return sums.div_(self._denominator).to(self.dtype).T
+        rows = [row.div_(self._denominator).to(self.dtype) for row in rows]
+        return rows[0][:, None] if len(rows) == 1 else torch.stack(rows, dim=1)
 
     def batch_quotients(self, v: Tensor) -> tuple[list[float], list[float]]:
         """Rayleigh quotients v'H_b v of a unit vector with the Hessian of each batch alone.
@@ -166,7 +167,7 @@ class Hessian:
         is_sum = self.objective.loss.reduction == "sum"
         quotients, weights = [], []
         with self.objective.measuring():
-            for graph in self._retained if self._retained is not None else self._build():
+            for graph in self._graphs():
                 if graph.weight == 0.0 and not is_sum:
                     continue
                 row = torch.zeros(self.n, dtype=self.dtype, device=self.device)
@@ -184,21 +185,54 @@ class Hessian:
         for index in range(len(self.objective.batches)):
             yield GradientGraph.build(self.objective, index)
 
+    def _graphs(self) -> Iterator[GradientGraph]:
+        """The graphs of all batches, retained or built one after the other."""
+        if self._retained is not None:
+            yield from self._retained
+        else:
+            yield from self._build()
+
+    def _summed(self, pieces: list[list[Tensor]]) -> list[Tensor]:
+        """Products batch by batch: a streamed graph is used for all vectors and freed."""
+        rows = [torch.zeros(self.n, dtype=self._sum_dtype, device=self.device) for _ in pieces]
+        for graph in self._graphs():
+            for i, (row, v) in enumerate(zip(rows, pieces, strict=True)):
+                self._add(row, product([graph], v, keep=self._retained is not None or i + 1 < len(pieces)))
+        return rows
+
     def _add(self, row: Tensor, pieces: list[Tensor | None]) -> None:
-        """row += the flattened pieces, without an intermediate vector."""
+        """Add parameter-shaped pieces to a vector, without an intermediate one."""
         for target, piece in zip(self.space.split(row), pieces, strict=True):
             if piece is not None:
                 target += piece
 
-    def _refuse_changing_loss(self) -> None:
+    def _flat(self, pieces: list[Tensor | None]) -> Tensor:
+        return self.space.join(
+            torch.zeros_like(p) if piece is None else piece
+            for p, piece in zip(self.objective.tensors, pieces, strict=True)
+        )
+
+    def _refuse_doubtful_loss(self) -> None:
+        """Evaluate the first batch twice, the second time by the user's own mean where the loss is known."""
+        objective, loss = self.objective, self.objective.loss
         with torch.no_grad():
-            first, second = (self.objective.terms(0).total.item() for _ in range(2))
-        allowed = 1e3 * torch.finfo(self.dtype).eps * max(abs(first), abs(second))
-        if abs(first - second) > allowed and math.isfinite(first + second):
-            raise UnsupportedModel(
-                f"Hessian: the loss of the same batch was {first:.8g} and then {second:.8g}: the model or the loss is random, or keeps state. "
-                "Call model.eval(); if it samples on purpose, draw the sample outside of the loss."
-            )
+            first = objective.terms(0)
+            if isinstance(loss, KnownLoss) and (first.weight > 0.0 or loss.reduction == "sum"):
+                expected = first.total.item() / (first.weight if loss.reduction == "mean" else 1.0)
+                second = loss.own_value(objective.model, objective.batches[0])
+            else:
+                expected, second = first.total.item(), objective.terms(0).total.item()
+            if not _differ(expected, second, self.dtype):
+                return
+            if _differ(first.total.item(), objective.terms(0).total.item(), self.dtype):
+                raise UnsupportedModel(
+                    "Hessian: the loss of the same batch differs from one evaluation to the next: the model or the loss is random, or "
+                    "keeps state. Call model.eval(); if it samples on purpose, draw the sample outside of the loss."
+                )
+        raise UnsupportedModel(
+            f"Hessian: {loss.name} returns {second:.8g} on the first batch, but its terms add up to {expected:.8g}: this version of torch "
+            "averages it in another way than curvkit knows. Return (sum, count) from a curvkit.BatchLoss instead."
+        )
 
     def _check(self, V: Tensor) -> None:
         if V.ndim != 2 or V.shape[0] != self.n or V.device != self.device or V.dtype != self.dtype:
@@ -213,12 +247,17 @@ class Hessian:
 
     def _refuse(self, V: Tensor) -> NoReturn:
         raise InvalidArgument(
-            f"Hessian: a vector of shape {tuple(V.shape)}, {V.dtype} on {V.device} was given; this operator takes [{self.n}], or [{self.n}, k] "
-            f"in matmat, {self.dtype} on {self.device}. Convert it with .to(operator.device, operator.dtype)."
+            f"Hessian: a vector of shape {tuple(V.shape)}, {V.dtype} on {V.device} was given; this operator takes [{self.n}], or "
+            f"[{self.n}, k] in matmat, {self.dtype} on {self.device}. Convert it with .to(operator.device, operator.dtype)."
         )
 
 
-def _fingerprint(objective: Objective) -> list[tuple[int, float, float]]:
-    """Address, length and sum of each parameter: writes through `.data` do not move the version counter, but these."""
+def _differ(a: float, b: float, dtype: torch.dtype) -> bool:
+    """Whether two values of the same loss differ by more than rounding; the check of NaN comes later and names the culprit."""
+    return math.isfinite(a + b) and abs(a - b) > 1e3 * torch.finfo(dtype).eps * max(abs(a), abs(b))
+
+
+def _fingerprint(objective: Objective) -> list[tuple[int, int, float]]:
+    """Address, version and length of each parameter; a write through `.data` moves no version, but the length."""
     with torch.no_grad():
-        return [(t.data_ptr(), torch.linalg.vector_norm(t).item(), t.sum().item()) for t in objective.tensors]
+        return [(t.data_ptr(), t._version, torch.linalg.vector_norm(t).item()) for t in objective.tensors]

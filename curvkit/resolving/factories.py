@@ -10,7 +10,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def _import_module(name: str) -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def _importable(directory: Path) -> Iterator[None]:
+def _importable(directory: Path) -> Generator[None]:
     """Let a script import its neighbours, as `python script.py` would, for the time of this import."""
     sys.path.insert(0, str(directory))
     try:

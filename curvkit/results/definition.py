@@ -27,10 +27,10 @@ class Definition:
 
     def __str__(self) -> str:
         """One sentence for people."""
-        over = {"mean": "mean", "sum": "sum", "as returned": "as returned"}[self.reduction]
         terms = f" over {self.terms:,} terms" if self.terms is not None else ""
         examples = f"{self.examples:,} examples in " if self.examples is not None else ""
         return (
-            f"{self.matrix.capitalize()} of {self.loss}, {over}{terms} · {examples}{self.batches} batch{'es' if self.batches != 1 else ''} · "
+            f"{self.matrix.capitalize()} of {self.loss}, {self.reduction}{terms} · "
+            f"{examples}{self.batches} batch{'es' if self.batches != 1 else ''} · "
             f"{self.parameters:,} parameters · {self.mode} mode · {self.dtype} · {self.attention} attention"
         )

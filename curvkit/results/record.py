@@ -77,7 +77,7 @@ def repository(path: Path) -> dict[str, Any] | None:
 
 
 def to_json(document: Mapping[str, Any]) -> str:
-    """Write a document with one line per entry; NaN and infinity become strings, which every parser reads.
+    r"""Write a document with one line per entry; NaN and infinity become strings, which every parser reads.
 
     Args:
         document: Mappings, lists, dataclasses, tensors and plain values.
@@ -86,7 +86,7 @@ def to_json(document: Mapping[str, Any]) -> str:
         JSON text without a final newline.
 
     Example:
-        >>> to_json({"a": float("nan"), "b": torch.tensor([1.0])}).replace("\\n", "")
+        >>> to_json({"a": float("nan"), "b": torch.tensor([1.0])}).replace("\n", "")
         '{  "a": "nan",  "b": [    1.0  ]}'
     """
     return json.dumps(plain(document), indent=2, allow_nan=False, ensure_ascii=False)
