@@ -174,8 +174,8 @@ class Objective:
         if terms.count is None and not isinstance(self._loss, KnownLoss) and len(self.batches) > 1:
             raise UnknownObjective(
                 f"Objective: the loss {self._loss.name} returned a scalar, but there are {len(self.batches)} batches, and how to "
-                "weight them is not known: batches with different numbers of terms would give a wrong mean. Return (sum, count) from the loss, "
-                "use one of torch.nn.functional's losses, or pass all data as one batch."
+                "weight them is not known: batches with different numbers of terms would give a wrong mean. Return (sum, count) from the "
+                "loss, use one of torch.nn.functional's losses, or pass all data as one batch."
             )
         return terms
 
@@ -269,13 +269,14 @@ class Objective:
         Returns:
             The parts; this objective alone if the data cannot be divided (one batch of a loss whose terms are unknown).
         """
-        if len(self.batches) >= 2:
-            return tuple(self.with_batches(self.batches[i::num]) for i in range(min(num, len(self.batches))))
-        size = rows(self.batches[0])
+        batches = list(self.batches)
+        if len(batches) >= 2:
+            return tuple(self.with_batches(batches[i::num]) for i in range(min(num, len(batches))))
+        size = rows(batches[0])
         if size is None or size < 2 or not isinstance(self._loss, KnownLoss):
             return (self,)
         num = min(num, size)
-        return tuple(self.with_batches([take_rows(self.batches[0], torch.arange(i, size, num))]) for i in range(num))
+        return tuple(self.with_batches([take_rows(batches[0], torch.arange(i, size, num))]) for i in range(num))
 
     @property
     def _loss(self) -> Loss:

@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
 
     Example:
         >>> sorted(environment())[:3]
-        ['cpu_capability', 'platform', 'python']
+        ['cpu_capability', 'curvkit', 'numpy']
     """
     versions = {name: _version(name) for name in PACKAGES}
     return {
