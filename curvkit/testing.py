@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 import torch
@@ -98,7 +98,9 @@ class _Probes:
 def _check_attributes(operator: LinearMap) -> None:
     missing = [name for name in ("n", "dtype", "device", "matvec", "matmat") if not hasattr(operator, name)]
     if missing:
-        _refuse("attributes", f"{type(operator).__name__} has no {', '.join(missing)}", "n, dtype, device, matvec, matmat")
+        _refuse(
+            "attributes", f"{type(operator).__name__} has no {', '.join(missing)}", "n, dtype, device, matvec, matmat"
+        )
     if isinstance(operator.n, bool) or not isinstance(operator.n, int) or operator.n < 1:
         _refuse("attributes", f"n is {operator.n!r}", "an integer of at least 1")
     if not isinstance(operator.dtype, torch.dtype) or not operator.dtype.is_floating_point:
@@ -129,7 +131,11 @@ def _check_repeatable(probes: _Probes) -> None:
     allowed = 0.0 if probes.operator.device.type == "cpu" else probes.limit
     _compare("repeatable", "||Au - Au|| of two calls", norm(again - before), allowed)
     if not torch.equal(probes.products[0], before):
-        _refuse("results are kept", "a later product overwrote the tensor that an earlier one returned", "a tensor of its own")
+        _refuse(
+            "results are kept",
+            "a later product overwrote the tensor that an earlier one returned",
+            "a tensor of its own",
+        )
 
 
 def _check_matmat(probes: _Probes) -> None:
@@ -137,7 +143,9 @@ def _check_matmat(probes: _Probes) -> None:
         V = torch.stack(probes.vectors[:size]).T  # [n, k], not contiguous
         AV = _multiplied(probes.operator.matmat, V, "matmat")
         for column, Av in zip(AV.unbind(1), probes.products, strict=False):
-            _compare("matmat is matvec column by column", f"||(AV)_i - Av_i||, k = {size},", norm(column - Av), probes.limit)
+            _compare(
+                "matmat is matvec column by column", f"||(AV)_i - Av_i||, k = {size},", norm(column - Av), probes.limit
+            )
 
 
 def _check_refusals(operator: LinearMap) -> None:
@@ -150,8 +158,12 @@ def _check_refusals(operator: LinearMap) -> None:
             except InvalidArgument:
                 continue
             except Exception as error:
-                raise InvalidArgument(_said("wrong shapes are refused", f"{name} of {list(shape)} raised {error!r}", "InvalidArgument")) from error
-            _refuse("wrong shapes are refused", f"{name} took a tensor of shape {list(shape)}, n = {n}", "InvalidArgument")
+                raise InvalidArgument(
+                    _said("wrong shapes are refused", f"{name} of {list(shape)} raised {error!r}", "InvalidArgument")
+                ) from error
+            _refuse(
+                "wrong shapes are refused", f"{name} took a tensor of shape {list(shape)}, n = {n}", "InvalidArgument"
+            )
 
 
 def _interrupted(operator: LinearMap, objective: Objective, v: Tensor) -> None:
@@ -193,7 +205,7 @@ def _multiplied(multiply: Callable[[Tensor], Tensor], V: Tensor, name: str) -> T
 
 
 @contextlib.contextmanager
-def _undisturbed(objective: Objective | None, during: str) -> Iterator[None]:
+def _undisturbed(objective: Objective | None, during: str) -> Generator[None]:
     """Compare what must not change before and after."""
     before = None if objective is None else _state(objective)
     yield
@@ -209,7 +221,7 @@ def _undisturbed(objective: Objective | None, during: str) -> Iterator[None]:
 def _state(objective: Objective) -> dict[str, object]:
     """All that a measurement must leave as it was, by name, in a form that `==` compares bit for bit."""
     numpy_kind, keys, *rest = numpy.random.get_state()
-    cuda, sdp = torch.backends.cuda, torch.backends.cuda
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     state: dict[str, object] = {
         "the data": fingerprint(objective.batches),
         "torch's random state": fingerprint([torch.get_rng_state()]),
@@ -226,14 +238,14 @@ def _state(objective: Objective) -> dict[str, object]:
         "autocast": torch.is_autocast_enabled("cpu"),
         "number of threads": torch.get_num_threads(),
         "matmul precision": torch.get_float32_matmul_precision(),
-        "TF32": (cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
-        "cuDNN": tuple(getattr(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
+        "TF32": (cuda.matmul.allow_tf32, cudnn.allow_tf32),
+        "cuDNN": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
         "fused encoder path": torch.backends.mha.get_fastpath_enabled(),
         "attention kernels": (
-            sdp.flash_sdp_enabled(),
-            sdp.mem_efficient_sdp_enabled(),
-            sdp.math_sdp_enabled(),
-            sdp.cudnn_sdp_enabled(),
+            cuda.flash_sdp_enabled(),
+            cuda.mem_efficient_sdp_enabled(),
+            cuda.math_sdp_enabled(),
+            cuda.cudnn_sdp_enabled(),
         ),
     }
     for name, p in objective.model.named_parameters():
@@ -249,21 +261,28 @@ def _state(objective: Objective) -> dict[str, object]:
     return state
 
 
-def _hooks(holder: object) -> list[tuple[str, int]]:
+def _hooks(holder: nn.Module | Tensor) -> list[tuple[str, int]]:
     """Which hooks are registered on a module or a tensor."""
-    found = {name: value for name, value in vars(holder).items() if name.endswith("_hooks") and value}
-    found |= {"_backward_hooks": getattr(holder, "_backward_hooks", None) or {}}
+    names = {
+        *vars(holder),
+        "_backward_hooks",
+        "_post_accumulate_grad_hooks",
+    }  # the two of a tensor are not in its __dict__
+    found = {name: getattr(holder, name, None) or {} for name in names if name.endswith("_hooks")}
     return sorted((name, id(hook)) for name, hooks in found.items() for hook in hooks.values())
 
 
-def _compare(property: str, what: str, got: float, allowed: float) -> None:
+def _compare(contract: str, what: str, got: float, allowed: float) -> None:
     if not got <= allowed:
-        _refuse(property, f"{what} is {got:.3g}", f"at most {allowed:.3g}")
+        _refuse(contract, f"{what} is {got:.3g}", f"at most {allowed:.3g}")
 
 
-def _refuse(property: str, got: str, allowed: str) -> None:
-    raise InvalidArgument(_said(property, got, allowed))
+def _refuse(contract: str, got: str, allowed: str) -> NoReturn:
+    raise InvalidArgument(_said(contract, got, allowed))
 
 
-def _said(property: str, got: str, allowed: str) -> str:
-    return f"check_operator: the property '{property}' fails: {got}; allowed: {allowed}. See curvkit.testing.check_operator for each property."
+def _said(contract: str, got: str, allowed: str) -> str:
+    return (
+        f"check_operator: '{contract}' does not hold: {got}; allowed: {allowed}. "
+        "Mend the operator; the docstring of curvkit.testing.check_operator has each property as an equation."
+    )

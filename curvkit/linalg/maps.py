@@ -74,10 +74,12 @@ class FunctionMap:
 
     def matvec(self, v: Tensor) -> Tensor:
         """Multiply one vector, [n] -> [n]."""
+        _check_shape(self, v, 1)
         return self._multiply(v)
 
     def matmat(self, V: Tensor) -> Tensor:
         """Multiply the columns one by one, [n, k] -> [n, k]."""
+        _check_shape(self, V, 2)
         return torch.stack([self._multiply(v) for v in V.unbind(1)], dim=1)
 
 
@@ -115,8 +117,18 @@ class DenseMap:
 
     def matvec(self, v: Tensor) -> Tensor:
         """Multiply one vector, [n] -> [n]."""
+        _check_shape(self, v, 1)
         return self._matrix @ v
 
     def matmat(self, V: Tensor) -> Tensor:
         """Multiply several vectors at once, [n, k] -> [n, k]."""
+        _check_shape(self, V, 2)
         return self._matrix @ V
+
+
+def _check_shape(A: LinearMap, V: Tensor, ndim: int) -> None:
+    if V.ndim != ndim or V.shape[0] != A.n:
+        expected = f"[{A.n}]" if ndim == 1 else f"[{A.n}, k]"
+        raise InvalidArgument(
+            f"{type(A).__name__}: a tensor of shape {list(V.shape)} was given, the map has n = {A.n}. Pass one of shape {expected}."
+        )

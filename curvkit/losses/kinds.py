@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvkit.errors import InvalidArgument, UnknownObjective
@@ -178,7 +179,7 @@ class OtherLoss:
         Returns:
             The terms; `count` is None if the loss gave a scalar only.
         """
-        return scalar_or_pair(self.call(model, batch), self.name)[0]
+        return scalar_or_pair(self.call(model, batch), self.name)
 
     def moved(self, device: torch.device | None, dtype: torch.dtype | None) -> OtherLoss:
         """Move the loss if it is a module; a function is taken to follow its arguments.
@@ -217,7 +218,8 @@ def as_loss(loss: Any) -> Loss:
         function, options = known
         legacy = [key for key in ("size_average", "reduce") if options.get(key) is not None]
         reduction = options.get("reduction", "mean")
-        if legacy or reduction not in ("mean", "sum", "batchmean"):
+        means = ("mean", "batchmean") if function is F.kl_div else ("mean",)
+        if legacy or reduction not in (*means, "sum"):
             got = f"{legacy[0]}={options[legacy[0]]!r}" if legacy else f"reduction={reduction!r}"
             raise InvalidArgument(
                 f"Objective: the loss {getattr(function, '__name__', function)} has {got}; curvature needs a scalar. "

@@ -74,7 +74,7 @@ def of_elements(outputs: Tensor, targets: Tensor, options: Options) -> tuple[flo
 
 
 def of_weighted_elements(outputs: Tensor, targets: Tensor, options: Options) -> tuple[float, int]:
-    """As `of_elements`, but a given weight is divided out again (mse_loss, l1_loss, huber_loss).
+    """As `of_elements`, but a given weight is divided out again (mse_loss, l1_loss; not huber_loss).
 
     Args:
         outputs: Any shape.
@@ -125,7 +125,7 @@ DIVISORS: dict[Callable[..., Tensor], Divisor] = {
     F.nll_loss: of_classes,
     F.mse_loss: of_weighted_elements,
     F.l1_loss: of_weighted_elements,
-    F.huber_loss: of_weighted_elements,
+    F.huber_loss: of_elements,
     F.smooth_l1_loss: of_elements,
     F.binary_cross_entropy: of_elements,
     F.binary_cross_entropy_with_logits: of_elements,

@@ -19,10 +19,12 @@ class LossTerms:
     weight: float
     """What the terms of this batch add to the denominator: their number, or the sum of their class weights."""
     count: int | None
-    """Number of terms that are not masked out; None if the loss did not say."""
+    """Number of terms that are not masked out; None if the loss did not say, or said a sum of weights."""
+    said: bool = True
+    """False: the loss gave a scalar alone, so that it cannot be joined with other batches."""
 
 
-def scalar_or_pair(value: Any, name: str) -> tuple[LossTerms, bool]:
+def scalar_or_pair(value: Any, name: str) -> LossTerms:
     """Read what a user's loss returned.
 
     Args:
@@ -30,10 +32,10 @@ def scalar_or_pair(value: Any, name: str) -> tuple[LossTerms, bool]:
         name: Of the loss, for messages.
 
     Returns:
-        The terms, and whether the loss said its count.
+        The terms.
 
     Raises:
-        UnknownObjective: If it is neither, or the count is negative.
+        UnknownObjective: If it is neither, or the count is no number, negative or not finite.
     """
     said = isinstance(value, tuple | list) and len(value) == 2
     total, count = value if said else (value, 1)
@@ -47,10 +49,12 @@ def scalar_or_pair(value: Any, name: str) -> tuple[LossTerms, bool]:
             f"Objective: the loss {name} returned {got}; it must return a scalar, or a pair (sum, count). "
             "Reduce it with .mean() or .sum(); a model's output object has the loss as an attribute, for example output.loss."
         )
-    number = float(count.detach() if isinstance(count, Tensor) else count)
-    if not 0.0 <= number < float("inf"):
+    if isinstance(count, Tensor) and count.numel() == 1 and not count.is_complex():
+        count = count.item()
+    if not isinstance(count, int | float) or not 0.0 <= count < float("inf"):
+        got = f"a tensor of shape {tuple(count.shape)}" if isinstance(count, Tensor) else repr(count)
         raise UnknownObjective(
-            f"Objective: the loss {name} returned the count {number!r}; it must be a finite number of loss terms, 0 or more. "
-            "Return (sum of the terms, how many there are)."
+            f"Objective: the loss {name} returned the count {got}; it must be a finite number of loss terms, 0 or more. "
+            "Return (sum of the terms, how many there are), or the sum of their weights; without it, return the scalar alone."
         )
-    return LossTerms(total.reshape(()), number, int(number) if said and number.is_integer() else None), said
+    return LossTerms(total.reshape(()), float(count), int(count) if said and float(count).is_integer() else None, said)

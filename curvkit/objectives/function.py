@@ -171,7 +171,7 @@ class Objective:
                 f"Objective: the forward pass writes to its input (batch {index}), so that the data changes from pass to pass. "
                 "Use the out-of-place form, for example x = x / 255."
             )
-        if terms.count is None and not isinstance(self._loss, KnownLoss) and len(self.batches) > 1:
+        if not terms.said and len(self.batches) > 1:
             raise UnknownObjective(
                 f"Objective: the loss {self._loss.name} returned a scalar, but there are {len(self.batches)} batches, and how to "
                 "weight them is not known: batches with different numbers of terms would give a wrong mean. Return (sum, count) from the "

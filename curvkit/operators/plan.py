@@ -12,6 +12,7 @@ from torch import Tensor
 from curvkit.errors import InvalidArgument
 from curvkit.losses.batches import rows, tensors
 from curvkit.objectives import Objective
+from curvkit.operators.folding import FoldBatchNorm
 
 Residency = Literal["retained", "streamed"]
 
@@ -113,7 +114,8 @@ def graph_bytes(objective: Objective, index: int) -> int:
         return tensor.detach()  # the tensor itself would make a reference cycle
 
     with objective.measuring(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        total = objective.terms(index).total
+        with FoldBatchNorm():
+            total = objective.terms(index).total
         if total.requires_grad:
             torch.autograd.grad(total, objective.tensors, create_graph=True, allow_unused=True)
     return sum(seen.values())

@@ -1,0 +1,138 @@
+"""What a Hessian product costs in gradients, retained and streamed, beside PyHessian; and the memory of each.
+
+    python benchmarks/products.py [mlp resnet decoder] [--repeats 15]
+
+Time: the contenders take turns inside one process, so that a slow spell of the machine meets all of them; the ratio of medians to the median of a
+gradient (forward and backward of the same batch). Memory: growth of the peak resident size of a fresh process, as a multiple of the gradient's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from cases import CASES, Case
+from pyhessian import hessian as pyhessian_operator
+from pyhessian.utils import hessian_vector_product
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvkit.operators import Hessian
+
+warnings.filterwarnings("ignore")
+KINDS = ("gradient", "retained", "streamed")
+
+
+def contenders(case: Case) -> dict[str, Callable[[], object]]:
+    """The functions that take turns."""
+    parameters = list(case.model.parameters())
+    retained, streamed = Hessian(case.objective(), residency="retained"), Hessian(case.objective(), residency="streamed")
+    v = torch.randn(retained.n, generator=torch.Generator().manual_seed(0))
+    pieces = [piece.clone() for piece in retained.space.split(v)]
+    with sdpa_kernel(SDPBackend.MATH):  # PyHessian fails on default attention
+        single = pyhessian_operator(case.model, case.loss, data=(case.x, case.y), cuda=False)
+        loader = pyhessian_operator(case.model, case.loss, dataloader=[(case.x, case.y)], cuda=False)
+
+    def loader_product() -> object:
+        with sdpa_kernel(SDPBackend.MATH):
+            return loader.dataloader_hv_product(pieces)
+
+    return {
+        "gradient": lambda: torch.autograd.grad(case.value(), parameters),
+        "curvkit, retained": lambda: retained.matvec(v),
+        "curvkit, streamed": lambda: streamed.matvec(v),
+        "PyHessian, one batch": lambda: hessian_vector_product(single.gradsH, single.params, pieces),
+        "PyHessian, loader": loader_product,
+    }
+
+
+def timed(case: Case, repeats: int) -> dict[str, float]:
+    """Median time of each contender, in medians of a gradient."""
+    functions = contenders(case)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 2):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if repeat >= 2:  # warmed up
+                times[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    minima = {name: min(values) for name, values in times.items()}
+    return {
+        "gradient, ms": 1e3 * medians["gradient"],
+        **{name: medians[name] / medians["gradient"] for name in functions if name != "gradient"},
+        **{f"{name} (minima)": minima[name] / minima["gradient"] for name in functions if name != "gradient"},
+    }
+
+
+def peak(kind: str, name: str) -> int:
+    """Run in a fresh process: bytes by which the peak resident size grows over two calls."""
+    case = CASES[name]()
+    parameters = list(case.model.parameters())
+    v = torch.randn(sum(p.numel() for p in parameters), generator=torch.Generator().manual_seed(0))
+    _release()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/clear_refs", "w") as control:
+        control.write("5")  # resets the peak to the present size
+    base = _peak_now()
+    if kind == "gradient":
+        for _ in range(2):
+            torch.autograd.grad(case.value(), parameters)
+    else:
+        operator = Hessian(case.objective(), residency=kind)
+        for _ in range(2):
+            operator.matvec(v)
+    del before
+    return _peak_now() - base
+
+
+def _peak_now() -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+def _release() -> None:
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cases", nargs="*", default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        print(peak(arguments.peak, arguments.cases[0]))
+        return
+    columns = {}
+    for name in arguments.cases:
+        case = CASES[name]()
+        column = timed(case, arguments.repeats)
+        bytes_ = {
+            kind: int(subprocess.check_output([sys.executable, __file__, name, "--peak", kind]).split()[-1]) for kind in KINDS
+        }
+        column["gradient, peak MiB"] = bytes_["gradient"] / 2**20
+        column["retained, peak"] = bytes_["retained"] / bytes_["gradient"]
+        column["streamed, peak"] = bytes_["streamed"] / bytes_["gradient"]
+        columns[f"{case.name}: {case.shape}"] = column
+    names = list(next(iter(columns.values())))
+    print("| |", " | ".join(columns), "|")
+    print("|---|" + "---|" * len(columns))
+    for name in names:
+        print(f"| {name} |", " | ".join(f"{column[name]:.2f}" for column in columns.values()), "|")
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": arguments.repeats}))
+
+
+if __name__ == "__main__":
+    main()
