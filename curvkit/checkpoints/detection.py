@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickletools
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,10 @@ from curvkit.errors import RefusedCheckpoint
 
 Kind = Literal["torch zip", "torch legacy", "torchscript", "exported program", "safetensors", "directory"]
 
+UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError, struct.error, RuntimeError)
+"""What zipfile raises on a damaged archive."""
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9c"
 """How files begin that torch wrote before version 1.6."""
-MAX_PICKLE_BYTES = 64 << 20
-"""A pickle program larger than this is not read for its names."""
 
 
 @dataclass(frozen=True)
@@ -65,38 +65,18 @@ def detect(path: Path) -> Detected:
     )
 
 
-def pickled_names(path: Path) -> set[str]:
-    """List the classes and functions that a torch zip's pickle refers to, without executing it.
-
-    Args:
-        path: A torch zip.
-
-    Returns:
-        Dotted names.
-    """
-    with zipfile.ZipFile(path) as archive:
-        record = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        if archive.getinfo(record).file_size > MAX_PICKLE_BYTES:
-            return set()
-        program = archive.read(record)
-    names, strings = set(), []
-    for opcode, argument, _ in pickletools.genops(program):
-        if "UNICODE" in opcode.name:
-            strings.append(argument)
-        elif opcode.name == "GLOBAL":
-            names.add(str(argument).replace(" ", "."))
-        elif opcode.name == "STACK_GLOBAL" and len(strings) > 1:
-            names.add(f"{strings[-2]}.{strings[-1]}")
-    return names
-
-
 def _zip_kind(path: Path) -> Kind:
     if not zipfile.is_zipfile(path):
         raise RefusedCheckpoint(
             f"{path}: the archive is cut short or still being written. Wait until it is complete, or take an earlier checkpoint."
         )
-    with zipfile.ZipFile(path) as archive:
-        names = {name.split("/", 1)[-1] for name in archive.namelist()}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.split("/", 1)[-1] for name in archive.namelist()}
+    except UNREADABLE as error:
+        raise RefusedCheckpoint(
+            f"{path}: the archive is damaged ({error}). Take another copy or an earlier checkpoint."
+        ) from error
     if "constants.pkl" in names and any(name.startswith("code/") for name in names):
         return "torchscript"
     if "archive_format" in names or any(name.startswith("models/") for name in names):

@@ -123,14 +123,19 @@ def digest(path: Path) -> str:
 
 
 def _refuse_kind(found: Detected) -> None:
+    save = "Save the weights instead: torch.save(model.state_dict(), path)."
     advice = {
-        "torchscript": "TorchScript is code. Save the weights instead: torch.save(model.state_dict(), path).",
-        "exported program": "An exported program is code. Save the weights instead: torch.save(model.state_dict(), path).",
-        "safetensors": "This version reads files of torch.save. Convert it: torch.save(safetensors.torch.load_file(path), 'weights.pt').",
-        "directory": "This version reads single files of torch.save. Pass the file inside that holds the weights.",
+        "torchscript": ("a TorchScript file", f"TorchScript is code. {save}"),
+        "exported program": ("a program of torch.export", f"It is code. {save}"),
+        "safetensors": (
+            "a safetensors file",
+            "This version reads files of torch.save. Convert it: torch.save(safetensors.torch.load_file(path), 'weights.pt').",
+        ),
+        "directory": ("a directory", "This version reads files of torch.save. Pass the file that holds the weights."),
     }
     if found.kind in advice:
-        raise RefusedCheckpoint(f"{found.path}: a {found.kind}, which is not read. {advice[found.kind]}")
+        what, next_step = advice[found.kind]
+        raise RefusedCheckpoint(f"{found.path}: {what}, which is not read. {next_step}")
 
 
 def _verify_archive(path: Path) -> None:
@@ -144,7 +149,7 @@ def _verify_archive(path: Path) -> None:
                         "Write the checkpoint again with torch.save."
                     )
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError) as error:
+    except UNREADABLE as error:
         raise RefusedCheckpoint(
             f"{path}: the archive is damaged ({error}). Take another copy or an earlier checkpoint."
         ) from error
@@ -160,36 +165,28 @@ def _load(found: Detected) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
             warnings.simplefilter("ignore")
             return torch.load(found.path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise RefusedCheckpoint(_refused_names(found)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except Exception as error:  # a damaged pickle can end in any exception
+        text = str(error)
+        if isinstance(error, pickle.UnpicklingError) and UNSAFE.search(text):
+            raise RefusedCheckpoint(_unsafe(found, text)) from error
+        reason = next((line for line in map(str.strip, REASON.sub("", text).splitlines()) if line), "")
         raise RefusedCheckpoint(
-            f"{found.path}: the file is damaged ({reason}). Take another copy or an earlier checkpoint."
+            f"{found.path}: the file is damaged ({reason[:200] or type(error).__name__}). "
+            "Take another copy or an earlier checkpoint."
         ) from error
 
 
-def _refused_names(found: Detected) -> str:
+def _unsafe(found: Detected, text: str) -> str:
+    """Why a file is refused, with the names that it refers to; nothing is unpickled to find them."""
     names: list[str] = []
     if found.kind == "torch zip":
-        known = ("torch._utils.", "torch.serialization.", "collections.OrderedDict")
-        safe = {getattr(g, "__module__", "") + "." + getattr(g, "__qualname__", "") for g in SAFE_GLOBALS}
-        names = sorted(
-            name
-            for name in pickled_names(found.path)
-            if not name.startswith(known)
-            and not (name.startswith("torch.") and name.endswith("Storage"))
-            and name not in safe
-        )
-    what = (
-        f"it refers to {', '.join(names[:5])}" + (" ..." if len(names) > 5 else "")
-        if names
-        else "it refers to classes or functions"
-    )
-    pickled = any(".nn.modules." in name for name in names)
-    kind = "a whole pickled model" if pickled else "more than tensors and plain data"
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(found.path)
+    names = sorted(names) or [UNSAFE.search(text)[1]]  # type: ignore[index]
+    shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+    kind = "a whole pickled model" if any(".nn.modules." in name for name in names) else "more than tensors and plain data"
     return (
-        f"{found.path}: refused, {kind}: {what}, and loading those could run code. Nothing was executed. "
+        f"{found.path}: refused, {kind}: it refers to {shown}, and loading that could run code. Nothing was executed. "
         "Save the weights alone where the file was made: torch.save(model.state_dict(), path)."
     )
 

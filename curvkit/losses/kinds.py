@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvkit.errors import InvalidArgument, UnknownObjective
 from curvkit.losses.batches import Batch, inputs_and_targets
-from curvkit.losses.known import DIVISORS, recognise
+from curvkit.losses.known import BY_CLASS, DIVISORS, recognise
 from curvkit.losses.terms import LossTerms, scalar_or_pair
 
 Reduction = Literal["mean", "sum", "as returned"]
@@ -98,6 +98,12 @@ class KnownLoss:
     def reduction(self) -> Reduction:
         """The word "sum" if the user said so, else "mean"."""
         return "sum" if self.options.get("reduction") == "sum" else "mean"
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the terms of a batch are those of its rows: not if an option has a weight for each element."""
+        weight = self.options.get("weight")
+        return self.function in BY_CLASS or not isinstance(weight, Tensor) or weight.numel() == 1
 
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
         """Evaluate with reduction="sum", and count.

@@ -137,6 +137,9 @@ DIVISORS: dict[Callable[..., Tensor], Divisor] = {
     token_cross_entropy: of_tokens,
 }
 
+BY_CLASS = (F.cross_entropy, F.nll_loss, token_cross_entropy)
+"""Losses whose `weight` belongs to classes, not to elements."""
+
 MODULES: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.CrossEntropyLoss: F.cross_entropy,
     nn.NLLLoss: F.nll_loss,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from curvkit import seeds
+from curvkit.errors import UnknownObjective
 from curvkit.linalg import lanczos
 from curvkit.linalg.basis import dot
 from curvkit.objectives import Objective
@@ -21,10 +23,12 @@ HALF_TOLERANCE = 3e-2
 
 @dataclass(frozen=True)
 class Spread:
-    """Curvature along one fixed direction on each part of the data: v'H_b v."""
+    """Curvature along one fixed direction on each part of the data: v'H_b v, whose weighted mean is v'Hv."""
 
     quotients: tuple[float, ...]
-    """One per batch, or per part of a single batch."""
+    """One per batch, or per part of a single batch; of a loss that is a sum, scaled to the size of all the data."""
+    weights: tuple[float, ...]
+    """Loss terms of the parts, or their class weights; of a loss that is a sum, their examples."""
     stderr: float
     """Standard error of their weighted mean v'Hv as an estimate for data of the same kind, parts taken as independent and v as fixed."""
 
@@ -51,7 +55,7 @@ class Halves:
     held_out: tuple[float, float]
     """u_A' H_B u_A and u_B' H_A u_B."""
     in_sample: float
-    """The largest eigenvalue of all the data."""
+    """The largest eigenvalue of all the data, as far as it is known: its bias is upwards only once it has converged."""
 
     @property
     def lower(self) -> float:
@@ -71,22 +75,26 @@ def spread(operator: Hessian, v: Tensor) -> Spread | None:
 
     Cost: one product; for a single batch three gradients more.
     """
-    objective = operator.objective
+    objective, parts = operator.objective, operator.objective.in_parts(MAX_PARTS)
+    if len(parts) == 1:
+        return None
     if len(objective.batches) == 1:
-        parts = objective.in_parts(MAX_PARTS)
-        if len(parts) == 1:
-            return None
         operator = Hessian(objective.with_batches([part.batches[0] for part in parts]), residency="streamed")
     quotients, weights = operator.batch_quotients(v)
+    if objective.loss.reduction == "sum":
+        sizes = [_size(operator.objective.with_batches([batch])) for batch in operator.objective.batches]
+        quotients, weights = [q * sum(sizes) / size for q, size in zip(quotients, sizes, strict=True)], sizes
     if len(quotients) < 2:
         return None
     total, count = math.fsum(weights), len(quotients)
     mean = math.fsum(w * q for w, q in zip(weights, quotients, strict=True)) / total
     squares = math.fsum((w * (q - mean)) ** 2 for w, q in zip(weights, quotients, strict=True))
-    return Spread(tuple(quotients), math.sqrt(squares * count / (count - 1)) / total)
+    return Spread(tuple(quotients), tuple(weights), math.sqrt(squares * count / (count - 1)) / total)
 
 
-def halves(objective: Objective, in_sample: float, *, seed: int, budget_bytes: int | None) -> Iterator[Halves | None]:
+def halves(
+    objective: Objective, in_sample: float, *, seed: int, budget_bytes: int | None, max_seconds: float | None = None
+) -> Iterator[Halves | None]:
     """Find the top eigenvector of each half and its quotient on the other.
 
     The search on a half starts at that half's own gradient, never at a vector that has seen the other half.
@@ -96,6 +104,7 @@ def halves(objective: Objective, in_sample: float, *, seed: int, budget_bytes: i
         in_sample: Its largest eigenvalue.
         seed: Of the start vectors.
         budget_bytes: Memory for the graphs of one half.
+        max_seconds: For the search on one half; None: no limit.
 
     Yields:
         None after each product, and last the bracket; nothing at all if the data cannot be divided.
@@ -106,11 +115,14 @@ def halves(objective: Objective, in_sample: float, *, seed: int, budget_bytes: i
     if len(parts) < 2:
         return
     tops: list[Tensor] = []
-    settings = lanczos.Settings(tolerance=HALF_TOLERANCE, max_products=60)
+    settings = lanczos.Settings(tolerance=HALF_TOLERANCE, max_products=60, max_seconds=max_seconds)
     for index, part in enumerate(parts):
-        operator = Hessian(part, residency="auto", budget_bytes=budget_bytes)
+        try:
+            operator = Hessian(part, residency="auto", budget_bytes=budget_bytes)
+        except UnknownObjective:  # a half without a loss term: all its targets are ignored
+            return
         top = None
-        for pairs in lanczos.search(operator, settings, start=operator.gradient, seed=seed + 1 + index):
+        for pairs in lanczos.search(operator, settings, start=operator.gradient, seed=(seed + 1 + index) % seeds.SEED_LIMIT):
             top = pairs.vectors
             yield None
         if top is None:
@@ -119,6 +131,12 @@ def halves(objective: Objective, in_sample: float, *, seed: int, budget_bytes: i
     held_out = []
     for u, other in ((tops[0], parts[1]), (tops[1], parts[0])):
         operator = Hessian(other, residency="streamed")
-        held_out.append(dot(u, operator.matvec(u)))
+        scale = _size(objective) / _size(other) if objective.loss.reduction == "sum" else 1.0
+        held_out.append(scale * dot(u, operator.matvec(u)))
         yield None
     yield Halves((held_out[0], held_out[1]), in_sample)
+
+
+def _size(objective: Objective) -> float:
+    """Examples, or batches where examples are not defined: what a loss that is a sum grows with."""
+    return float(objective.examples or len(objective.batches))

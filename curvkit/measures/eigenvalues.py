@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
 from curvkit.linalg import lanczos
 from curvkit.linalg.basis import norm
 from curvkit.linalg.krylov import Which
-from curvkit.measures.data_doubt import Halves, Spread, halves, spread
+from curvkit.measures.data_doubt import halves, spread
+from curvkit.measures.sharpness_result import Sharpness
 from curvkit.objectives import Objective
-from curvkit.operators import Hessian, Plan
+from curvkit.operators import Hessian
 from curvkit.operators.plan import Residency, free_memory
-from curvkit.results import Definition, Eigenpairs, plain
-
-Stage = Literal["searching", "spread", "halves", "complete"]
+from curvkit.results import Definition
 
 BASIS_FRACTION = 0.25
 """Share of the free memory that the Lanczos basis may take by default."""
@@ -43,76 +42,6 @@ class SharpnessSettings:
             )
 
 
-@dataclass(frozen=True, eq=False)
-class Sharpness:
-    """The extreme eigenvalues of the Hessian of an objective; a partial result while `stage` is not "complete"."""
-
-    eigenpairs: Eigenpairs
-    definition: Definition
-    loss: float
-    """L at the point."""
-    gradient_norm: float
-    """||grad L||; curvature at a point where it is not small is not that of a minimum."""
-    spread: Spread | None
-    """v'H_b v over the batches, v the first eigenvector; None if not (yet) measured."""
-    halves: Halves | None
-    """Bracket of the population's largest eigenvalue; None if not (yet) measured."""
-    stage: Stage
-    plan: Plan
-    seed: int
-    seconds: float
-    products: int
-    """Products with Hessians of all the data, those of halves counted as half."""
-    unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def value(self) -> float:
-        """The first eigenvalue: lambda_max for which="largest"."""
-        return self.eigenpairs.values[0].item()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain values, without the vectors: what `--json` prints under "result".
-
-        Returns:
-            Mappings, lists, numbers and strings.
-        """
-        pairs = self.eigenpairs
-        rows = zip(pairs.values, pairs.intervals, pairs.residuals, pairs.converged, strict=True)
-        return plain(
-            {
-                "quantity": f"{pairs.which} eigenvalues of the Hessian",
-                "definition": {**plain(self.definition), "text": str(self.definition)},
-                "eigenvalues": [
-                    {
-                        "value": value,
-                        "low": interval[0],
-                        "high": interval[1],
-                        "residual": residual,
-                        "converged": converged,
-                    }
-                    for value, interval, residual, converged in rows
-                ],
-                "residuals_recomputed": pairs.recomputed,
-                "tolerance": pairs.tolerance,
-                "upper_bound": pairs.upper_bound,
-                "lower_bound": pairs.lower_bound,
-                "bounds_confidence": pairs.confidence,
-                "multiplicities_below": pairs.multiplicities_below,
-                "loss": self.loss,
-                "gradient_norm": self.gradient_norm,
-                "batch_spread": self.spread,
-                "halves": None if self.halves is None else {**plain(self.halves), "lower": self.halves.lower},
-                "products": self.products,
-                "search_products": pairs.products,
-                "seconds": self.seconds,
-                "stage": self.stage,
-                "unused_parameters": self.unused,
-                "notes": self.notes,
-            }
-        )
-
-
 def sharpness_steps(
     objective: Objective, settings: SharpnessSettings | None = None, *, seed: int | None = None
 ) -> Iterator[Sharpness]:
@@ -133,8 +62,7 @@ def sharpness_steps(
         CurvkitError: If loss or products are not finite.
     """
     settings, began, seed = settings or SharpnessSettings(), time.perf_counter(), seeds.settle(seed)
-    graphs = None if settings.memory_bytes is None else settings.memory_bytes // 2
-    operator = Hessian(objective, residency=settings.residency, budget_bytes=graphs)
+    operator = Hessian(objective, residency=settings.residency, budget_bytes=_graph_budget(settings))
     search = replace(settings.search, max_rows=_rows(operator, settings))
     start = operator.gradient if search.which != "smallest" else None
     result: Sharpness | None = None
@@ -158,7 +86,7 @@ def sharpness_steps(
     if result is None or result.eigenpairs.vectors is None:
         return
     if settings.data_doubt:
-        for doubted in _with_data_doubt(result, operator, graphs):
+        for doubted in _with_data_doubt(result, operator, settings):
             result = replace(doubted, seconds=time.perf_counter() - began)
             yield result
     yield replace(result, stage="complete", seconds=time.perf_counter() - began)
@@ -214,21 +142,31 @@ def sharpness(
     return last
 
 
-def _with_data_doubt(result: Sharpness, operator: Hessian, graphs: int | None) -> Iterator[Sharpness]:
+def _with_data_doubt(result: Sharpness, operator: Hessian, settings: SharpnessSettings) -> Iterator[Sharpness]:
     vectors = result.eigenpairs.vectors
     if vectors is None:
         return
-    measured = spread(operator, vectors[:, 0])
+    measured = spread(operator, vectors[:, result.leading])
     result = replace(result, spread=measured, stage="spread", products=result.products + (measured is not None))
     yield result
-    if result.eigenpairs.which == "smallest":
-        return
+    largest, which = result.eigenpairs.values[0].item(), result.eigenpairs.which
+    if which == "smallest" or (which == "magnitude" and largest <= 0.0):
+        return  # lambda_max is not among the values, and the bracket is one of lambda_max
     before = result.products
-    for count, bracket in enumerate(
-        halves(operator.objective, result.value, seed=result.seed, budget_bytes=graphs), start=1
-    ):
+    brackets = halves(
+        operator.objective,
+        largest,
+        seed=result.seed,
+        budget_bytes=_graph_budget(settings),
+        max_seconds=settings.search.max_seconds,
+    )
+    for count, bracket in enumerate(brackets, start=1):
         result = replace(result, halves=bracket, stage="halves", products=before + (count + 1) // 2)
         yield result
+
+
+def _graph_budget(settings: SharpnessSettings) -> int | None:
+    return None if settings.memory_bytes is None else settings.memory_bytes // 2
 
 
 def _rows(operator: Hessian, settings: SharpnessSettings) -> int:

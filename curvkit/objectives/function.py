@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
 from curvkit.losses import Batch, KnownLoss, Loss, LossTerms, as_loss
-from curvkit.losses.batches import cast, rows, take_rows, tensors
+from curvkit.losses.batches import cast, map_tensors, rows, take_rows, tensors
 from curvkit.objectives import data as drawing
 from curvkit.objectives.modes import mode, refuse_random_modules
 from curvkit.objectives.surroundings import exact_arithmetic, random_state, undisturbed
@@ -273,10 +273,34 @@ class Objective:
         if len(batches) >= 2:
             return tuple(self.with_batches(batches[i::num]) for i in range(min(num, len(batches))))
         size = rows(batches[0])
-        if size is None or size < 2 or not isinstance(self._loss, KnownLoss):
+        if size is None or size < 2 or not self.divisible:
             return (self,)
         num = min(num, size)
         return tuple(self.with_batches([take_rows(batches[0], torch.arange(i, size, num))]) for i in range(num))
+
+    def cut(self, num: int) -> tuple[Objective, tuple[int, ...]]:
+        """The same function with every batch cut into consecutive runs of rows, as views.
+
+        Args:
+            num: Runs per batch, at most.
+
+        Returns:
+            The objective with more batches, and for each of them the batch that it is a part of. Batches that cannot be cut stay whole.
+        """
+        parts: list[Batch] = []
+        owners: list[int] = []
+        for owner, batch in enumerate(self.batches):
+            size = rows(batch)
+            step = -(-size // num) if size and self.divisible else None
+            starts = range(0, size, step) if size and step else (0,)
+            parts += [batch if step is None else map_tensors(partial(_run, start, step), batch) for start in starts]
+            owners += [owner] * len(starts)
+        return self.with_batches(parts), tuple(owners)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the loss of a batch is known to be a sum over its rows, if the model treats them one by one."""
+        return isinstance(self._loss, KnownLoss) and self._loss.divisible
 
     @property
     def _loss(self) -> Loss:
@@ -292,3 +316,7 @@ class Objective:
                     f"Objective: batch {index} has a tensor on {tensor.device}, the model is on {self.device}. "
                     f"Move the data with batch.to(device), or the model."
                 )
+
+
+def _run(start: int, length: int, tensor: Tensor) -> Tensor:
+    return tensor[start : start + length]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  the common base of all BatchNorm layers
 from torch.overrides import TorchFunctionMode
 
 LINEAR_MAPS: tuple[Callable[..., Tensor], ...] = (F.linear, F.conv1d, F.conv2d, F.conv3d)
@@ -28,6 +30,18 @@ class _Call:
     bias: Tensor | None
     rest: tuple[Any, ...]
     named: dict[str, Any]
+
+
+def folded_batch_norm(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Fold where there is something to fold.
+
+    Args:
+        model: Looked through for BatchNorm layers.
+
+    Returns:
+        `FoldBatchNorm()`, or a context that does nothing.
+    """
+    return FoldBatchNorm() if any(isinstance(m, _BatchNorm) for m in model.modules()) else contextlib.nullcontext()
 
 
 class FoldBatchNorm(TorchFunctionMode):

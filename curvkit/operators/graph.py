@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvkit.errors import CurvkitError
 from curvkit.objectives import Objective
-from curvkit.operators.folding import FoldBatchNorm
+from curvkit.operators.folding import folded_batch_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +25,13 @@ class GradientGraph:
     count: int | None
 
     @classmethod
-    def build(cls, objective: Objective, index: int) -> GradientGraph:
+    def build(cls, objective: Objective, index: int, *, number: int | None = None) -> GradientGraph:
         """Differentiate the loss of a batch once, keeping the graph; call it inside `objective.measuring()`.
 
         Args:
             objective: Model, loss and data.
             index: Which batch.
+            number: What messages call it, if it is a part of a batch.
 
         Returns:
             The graph.
@@ -41,11 +42,11 @@ class GradientGraph:
         Cost: about 1.3 gradients; memory about 2.6 times a gradient's.
         """
         parameters = objective.tensors
-        with FoldBatchNorm():
+        with folded_batch_norm(objective.model):
             terms = objective.terms(index)
         total = terms.total.item()
         if not torch.isfinite(terms.total):
-            raise CurvkitError(_not_finite(objective, index, total))
+            raise CurvkitError(_not_finite(objective, index if number is None else number, total))
         if not terms.total.requires_grad:
             return cls(parameters, tuple(None for _ in parameters), total, terms.weight, terms.count)
         gradient = torch.autograd.grad(terms.total, parameters, create_graph=True, allow_unused=True)

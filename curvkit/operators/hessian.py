@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
+from curvkit.linalg.basis import dot
 from curvkit.losses import KnownLoss
 from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import exact_arithmetic
@@ -69,6 +70,7 @@ class Hessian:
         self.space: ParameterSpace = objective.parameters
         self.n, self.dtype, self.device = self.space.n, objective.dtype, objective.device
         self.plan: Plan = choose(objective, residency=residency, budget_bytes=budget_bytes)
+        self._parts, self._owners = objective.cut(self.plan.micro_batches)
         self.products = 0
         """Products computed so far, in passes over the data."""
         self._fingerprint = _fingerprint(objective)
@@ -163,27 +165,27 @@ class Hessian:
         Cost: one product.
         """
         self._check(v[:, None])
-        pieces = list(self.space.split(v))
-        is_sum = self.objective.loss.reduction == "sum"
-        quotients, weights = [], []
+        pieces, is_sum = list(self.space.split(v)), self.objective.loss.reduction == "sum"
+        sums, weights = [0.0] * len(self.objective.batches), [0.0] * len(self.objective.batches)
         with self.objective.measuring():
-            for graph in self._graphs():
-                if graph.weight == 0.0 and not is_sum:
-                    continue
+            for owner, graph in zip(self._owners, self._graphs(), strict=True):
                 row = torch.zeros(self.n, dtype=self.dtype, device=self.device)
                 self._add(row, product([graph], pieces, keep=self._retained is not None))
-                quotients.append(torch.dot(row.double(), v.double()).item() / (1.0 if is_sum else graph.weight))
-                weights.append(1.0 if is_sum else graph.weight)
+                sums[owner] += dot(row, v)
+                weights[owner] += graph.weight
         self.products += 1
-        return quotients, weights
+        if is_sum:
+            return sums, [1.0] * len(sums)
+        kept = [index for index, weight in enumerate(weights) if weight > 0.0]
+        return [sums[i] / weights[i] for i in kept], [weights[i] for i in kept]
 
     @property
     def _sum_dtype(self) -> torch.dtype:
-        return torch.float64 if len(self.objective.batches) >= MANY_BATCHES else self.dtype
+        return torch.float64 if len(self._parts.batches) >= MANY_BATCHES else self.dtype
 
     def _build(self) -> Iterator[GradientGraph]:
-        for index in range(len(self.objective.batches)):
-            yield GradientGraph.build(self.objective, index)
+        for index, owner in enumerate(self._owners):
+            yield GradientGraph.build(self._parts, index, number=owner)
 
     def _graphs(self) -> Iterator[GradientGraph]:
         """The graphs of all batches, retained or built one after the other."""

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvkit.errors import InvalidArgument
-from curvkit.losses.batches import rows, tensors
+from curvkit.losses.batches import Batch, rows, tensors
 from curvkit.objectives import Objective
-from curvkit.operators.folding import FoldBatchNorm
+from curvkit.operators.folding import folded_batch_norm
 
 Residency = Literal["retained", "streamed"]
 
 BUDGET_FRACTION = 0.5
 """Share of the free memory that graphs may take by default."""
+
+
+PROBE_SHARE = 8
+"""The memory of a graph is measured on one in so many rows of the first batch, where the batch can be cut."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,10 @@ class Plan:
 
     residency: Residency
     reason: str
+    micro_batches: int
+    """Parts into which each batch is cut while streaming; 1 leaves it whole."""
     graph_bytes: int
-    """Estimate of what the second-order graphs of all batches hold, scaled from the first batch."""
+    """Estimate of what the second-order graphs of all batches hold, scaled from the first rows."""
     budget_bytes: int
     rule: str = "reverse over reverse"
     attention: str = "math"
@@ -37,17 +45,18 @@ class Plan:
 
     def __str__(self) -> str:
         """One line for people."""
-        return f"{self.rule}, {self.residency} ({self.reason})"
+        cut = f" in {self.micro_batches} parts per batch" if self.micro_batches > 1 else ""
+        return f"{self.rule}, {self.residency}{cut} ({self.reason})"
 
 
 def choose(
     objective: Objective, *, residency: Residency | Literal["auto"] = "auto", budget_bytes: int | None = None
 ) -> Plan:
-    """Choose between keeping the graphs and building them anew for each product.
+    """Choose between keeping the graphs and building them anew for each product, and how far to cut the batches.
 
-    The bytes that the first batch's graph of loss and gradient saves are counted by running it once under hooks that see every saved
-    tensor; the other batches are taken in proportion to their rows. Retained if that, with room for one product's temporaries,
-    fits the budget.
+    The bytes that the graph of loss and gradient saves are counted by running the first rows once under hooks that see every saved
+    tensor. Retained if all graphs, with room for one product's temporaries, fit the budget. Streamed, a batch is cut until its graph
+    needs no more than an ordinary forward pass over the whole batch saves, and fits the budget.
 
     Args:
         objective: What will be differentiated.
@@ -60,7 +69,7 @@ def choose(
     Raises:
         InvalidArgument: If `residency` is unknown or the budget is not positive.
 
-    Cost: about 1.5 gradients of the first batch.
+    Cost: a fraction of a gradient; about 1.5 gradients of the first batch if that cannot be cut.
     """
     if residency not in (*get_args(Residency), "auto"):
         raise InvalidArgument(
@@ -71,18 +80,26 @@ def choose(
             f"Hessian: budget_bytes={budget_bytes!r} must be positive. Pass the bytes that graphs may take."
         )
     budget = budget_bytes if budget_bytes is not None else int(BUDGET_FRACTION * free_memory(objective.device))
-    first = graph_bytes(objective, 0)
-    held = sum(int(first * _share(objective, index)) for index in range(len(objective.batches)))
-    need = held + first + 3 * objective.parameters.n * objective.dtype.itemsize
+    probe = objective.cut(PROBE_SHARE)[0]
+    scale = 1 / _share(probe.batches[0], objective.batches[0])
+    largest = max(_share(batch, objective.batches[0]) for batch in objective.batches) * scale
+    second, first = saved_bytes(probe, gradient=True), saved_bytes(probe, gradient=False)
+    held = int(second * scale * sum(_share(batch, objective.batches[0]) for batch in objective.batches))
+    need = held + int(second * largest) + 3 * objective.parameters.n * objective.dtype.itemsize
     if residency != "auto":
         chosen, reason = residency, "as asked"
     elif need <= budget:
         chosen, reason = "retained", f"{_megabytes(need)} of graphs fit the budget of {_megabytes(budget)}"
     else:
         chosen, reason = "streamed", f"{_megabytes(need)} of graphs exceed the budget of {_megabytes(budget)}"
+    parts = 1
+    if chosen == "streamed" and objective.divisible and second > 0:
+        parts = max(math.ceil(second / max(first, 1) - 0.25), math.ceil(2 * second * largest / budget), 1)
+        parts = parts if parts == 1 or _rows_are_independent(objective) else 1
     return Plan(
         chosen,
         reason,
+        parts,
         held,
         budget,
         threads=torch.get_num_threads(),
@@ -91,18 +108,19 @@ def choose(
     )
 
 
-def graph_bytes(objective: Objective, index: int) -> int:
-    """Count the bytes that the graph of loss and gradient of one batch keeps alive, parameters and data not counted.
+def saved_bytes(objective: Objective, *, gradient: bool) -> int:
+    """Count the bytes that differentiating the first batch keeps alive, parameters and data not counted.
 
     Args:
-        objective: Evaluated on one batch.
-        index: Which one.
+        objective: Evaluated on its first batch.
+        gradient: True for the graph of the gradient, as products need it; False for an ordinary forward pass with the kernels that
+            training would use.
 
     Returns:
         Bytes of distinct storages.
     """
     own = {t.untyped_storage().data_ptr() for t in objective.model.parameters()}
-    own |= {t.untyped_storage().data_ptr() for t in tensors(objective.batches[index])}
+    own |= {t.untyped_storage().data_ptr() for t in tensors(objective.batches[0])}
     seen: dict[int, int] = {}
     alive: list[Tensor] = []  # the address of a freed storage would be used again
 
@@ -114,11 +132,25 @@ def graph_bytes(objective: Objective, index: int) -> int:
         return tensor.detach()  # the tensor itself would make a reference cycle
 
     with objective.measuring(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with FoldBatchNorm():
-            total = objective.terms(index).total
+        if not gradient:
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+                objective.terms(0)
+            return sum(seen.values())
+        with folded_batch_norm(objective.model):
+            total = objective.terms(0).total
         if total.requires_grad:
             torch.autograd.grad(total, objective.tensors, create_graph=True, allow_unused=True)
     return sum(seen.values())
+
+
+def _rows_are_independent(objective: Objective) -> bool:
+    """Whether the loss of the first batch is the sum over its halves: a model that couples rows must not be cut."""
+    first = objective.with_batches(objective.batches[:1])
+    halves = first.cut(2)[0]
+    with objective.measuring(), torch.no_grad():
+        whole = first.terms(0).total.item()
+        parts = math.fsum(halves.terms(index).total.item() for index in range(len(halves.batches)))
+    return abs(whole - parts) <= 1e3 * torch.finfo(objective.dtype).eps * max(abs(whole), abs(parts))
 
 
 def free_memory(device: torch.device) -> int:
@@ -150,13 +182,12 @@ def free_memory(device: torch.device) -> int:
     return max(free, 1)
 
 
-def _share(objective: Objective, index: int) -> float:
-    """Size of a batch relative to the first: by rows, or by elements where rows are not defined."""
-    first, this = objective.batches[0], objective.batches[index]
-    a, b = rows(first), rows(this)
+def _share(this: Batch, reference: Batch) -> float:
+    """Size of a batch relative to another: by rows, or by elements where rows are not defined."""
+    a, b = rows(reference), rows(this)
     if a and b:
         return b / a
-    return sum(t.numel() for t in tensors(this)) / max(1, sum(t.numel() for t in tensors(first)))
+    return sum(t.numel() for t in tensors(this)) / max(1, sum(t.numel() for t in tensors(reference)))
 
 
 def _megabytes(number: int) -> str:
