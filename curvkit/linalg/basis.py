@@ -45,7 +45,7 @@ def norm(x: Tensor) -> float:
         >>> norm(torch.tensor([3.0, 4.0]))
         5.0
     """
-    return dot(x, x) ** 0.5
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item()
 
 
 class Basis:

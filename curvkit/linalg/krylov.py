@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,9 @@ from curvkit.linalg.basis import Basis, dot, norm
 from curvkit.linalg.maps import LinearMap
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
+
+CLOSE = 1e-3
+"""A random direction of which less than this is left after orthogonalization is drawn again."""
 
 
 def wanted(values: Tensor, num: int, which: Which) -> Tensor:
@@ -60,7 +64,7 @@ class RandomVectors:
         return drawn / norm(drawn)
 
 
-def start_block(start: Tensor | None, size: int, random: RandomVectors) -> tuple[Tensor, float]:
+def start_block(start: Tensor | None, size: int, random: RandomVectors) -> tuple[list[Tensor], float]:
     """Make the first block: (s / ||s|| + u) / 2 and then random directions.
 
     Args:
@@ -69,50 +73,55 @@ def start_block(start: Tensor | None, size: int, random: RandomVectors) -> tuple
         random: Gives u.
 
     Returns:
-        [size, n], not normalised, and the random share of its first row: 1/2, or 1 without `start`.
+        `size` vectors [n], not normalised, and the random share of the first: 1/2, or 1 without `start`.
     """
     rows, share = [random.next() for _ in range(size)], 1.0
     length = norm(start) if start is not None else 0.0
     if start is not None and 0.0 < length < float("inf"):
         rows[0], share = (start.to(rows[0]) / length + rows[0]) / 2, 0.5
-    return torch.stack(rows), share
+    return rows, share
 
 
-def append_block(left: Tensor, basis: Basis, breakdown: float, random: RandomVectors) -> tuple[Tensor, bool]:
+def append_block(
+    left: Sequence[Tensor], basis: Basis, breakdown: float, random: RandomVectors
+) -> tuple[list[Tensor], bool]:
     """Append an orthonormal basis of what is left of the last products; where nothing is left, random directions.
 
     Args:
-        left: [b, n], orthogonal to `basis` up to rounding.
+        left: b vectors [n], orthogonal to `basis` up to rounding; overwritten.
         basis: Grows by b rows, or by fewer if it then spans R^n.
         breakdown: A remainder of at most this length is rounding.
         random: Gives replacements.
 
     Returns:
-        The new rows, [<= b, n], and whether one of them is a replacement.
+        The new rows, and whether one of them is a replacement.
     """
     added: list[Tensor] = []
     replaced = False
-    for row in left:
-        if basis.size >= basis.n:
-            break
+    for row in left[: basis.n - basis.size]:
         length = norm(row)
-        if added or length <= 1e3 * breakdown:
+        if added or length <= 1e3 * breakdown:  # not yet orthogonal to its own block, or mostly cancelled
             basis.orthogonalize(row)
             length = norm(row)
         while not length > breakdown:
             replaced = True
-            row, breakdown_of_random = random.next(), 1e-3
-            basis.orthogonalize(row)
+            row = _random_row(basis, random)
             length = norm(row)
-            if length < breakdown_of_random:
-                length = 0.0
-        unit = row / length
-        if replaced:
-            basis.orthogonalize(unit)
-            unit /= norm(unit)
-        basis.append(unit)
-        added.append(unit)
-    return torch.stack(added), replaced
+        basis.append(row.div_(length))
+        added.append(row)
+    return added, replaced
+
+
+def _random_row(basis: Basis, random: RandomVectors) -> Tensor:
+    """A random unit vector orthogonal to the basis; a zero vector if the draw lies too close to its span."""
+    row = random.next()
+    basis.orthogonalize(row)
+    length = norm(row)
+    if length < CLOSE:
+        return torch.zeros_like(row)
+    row /= length
+    basis.orthogonalize(row)
+    return row
 
 
 def extend(T: Tensor, columns: Tensor) -> Tensor:
@@ -134,20 +143,32 @@ def extend(T: Tensor, columns: Tensor) -> Tensor:
     return grown
 
 
-def residual_estimates(left: Tensor, weights: Tensor) -> Tensor:
+def gram(left: Sequence[Tensor]) -> Tensor:
+    """Inner products among what is left of the last products.
+
+    Args:
+        left: b vectors [n].
+
+    Returns:
+        [b, b] float64.
+    """
+    if len(left) == 1:
+        return torch.tensor([[norm(left[0]) ** 2]], dtype=torch.float64)
+    return torch.tensor([[dot(x, y) for y in left] for x in left], dtype=torch.float64)
+
+
+def residual_estimates(inner: Tensor, weights: Tensor) -> Tensor:
     """Length of what is left of A y - theta y for Ritz vectors y = Q's, from A Q' = Q'T + left' [0 ... I].
 
     Args:
-        left: [b, n], orthogonal to the basis.
+        inner: [b, b], `gram` of what is left, which is orthogonal to the basis.
         weights: [m, k] float64, the columns s.
 
     Returns:
         [k] float64: || left' s_last ||, with the last b entries of s.
     """
-    b = left.shape[0]
-    gram = torch.tensor([[dot(x, y) for y in left] for x in left], dtype=torch.float64)
-    last = weights[-b:]
-    return (last * (gram @ last)).sum(0).clamp(min=0.0).sqrt()
+    last = weights[-inner.shape[0] :]
+    return (last * (inner @ last)).sum(0).clamp(min=0.0).sqrt()
 
 
 @dataclass(frozen=True)

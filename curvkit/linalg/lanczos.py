@@ -25,6 +25,7 @@ from curvkit.linalg.krylov import (
     Which,
     append_block,
     extend,
+    gram,
     residual_estimates,
     start_block,
     wanted,
@@ -207,15 +208,17 @@ def steps(
     while basis.size < A.n:
         block, replaced = append_block(left, basis, BREAKDOWN * eps * scale, random)
         plain = plain and not (replaced and count > 0)
-        left = (A.matvec(block[0])[None] if len(block) == 1 else A.matmat(block.T).T).clone()  # [b, n]
+        W = A.matvec(block[0])[:, None] if len(block) == 1 else A.matmat(torch.stack(block, dim=1))  # [n, b]
+        left = [w.clone() for w in W.unbind(1)]
         products, count = products + len(block), count + 1
-        _check_finite(left, products)
-        T = extend(T, torch.stack([basis.orthogonalize(w) for w in left]).double().cpu())
+        columns = torch.stack([basis.orthogonalize(w) for w in left]).double().cpu()
+        _check_finite(columns, products)
+        T = extend(T, columns)
         theta, S = torch.linalg.eigh(T)
         scale = theta.abs().max().item()
-        chosen, spanned = wanted(theta, num, which), basis.size == A.n
+        chosen, spanned, inner = wanted(theta, num, which), basis.size == A.n, gram(left)
         if plain:
-            beta = norm(left[0])
+            beta = inner[0, 0].item() ** 0.5
             chain = missed.tridiagonal_chain(
                 T,
                 beta if beta > BREAKDOWN * eps * scale and not spanned else 0.0,
@@ -223,7 +226,9 @@ def steps(
                 n=A.n,
                 product_error=ROUNDING * eps,
             )
-        residuals = torch.zeros(len(chosen), dtype=torch.float64) if spanned else residual_estimates(left, S[:, chosen])
+        residuals = (
+            torch.zeros(len(chosen), dtype=torch.float64) if spanned else residual_estimates(inner, S[:, chosen])
+        )
         yield LanczosState(
             theta[chosen],
             residuals,
@@ -387,8 +392,9 @@ def _check_fit(A: LinearMap, settings: Settings, start: Tensor | None) -> None:
         )
 
 
-def _check_finite(products: Tensor, count: int) -> None:
-    if not bool(torch.isfinite(products).all()):
+def _check_finite(columns: Tensor, count: int) -> None:
+    """Check Q'A q, to which every entry of A q contributes."""
+    if not bool(torch.isfinite(columns).all()):
         raise CurvkitError(
             f"lanczos: product {count} with the matrix has NaN or infinite entries. The function or its derivatives overflow there: "
             "check weights and data for NaN, or compute in float64."
