@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
-from pathlib import Path
 
 import click
 
@@ -18,10 +16,13 @@ from curvkit.errors import (
     UnknownObjective,
 )
 
+from . import failures
 from .commands.demo import demo
 from .commands.sharpness import sharpness
+from .failures import say
+from .interrupts import INTERRUPTED
 
-DONE, FAILED, USAGE, UNKNOWN_OBJECTIVE, REFUSED, NOT_CONVERGED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+DONE, FAILED, USAGE, UNKNOWN_OBJECTIVE, REFUSED, NOT_CONVERGED = 0, 1, 2, 3, 4, 5
 EXIT_CODES: dict[type[BaseException], int] = {
     InvalidArgument: USAGE,
     UnknownObjective: UNKNOWN_OBJECTIVE,
@@ -59,80 +60,24 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code; no traceback of curvkit's own ever shows for a user's mistake."""
     try:
-        result = curvkit.main(args=arguments, prog_name="curvkit", standalone_mode=False)
+        result = curvkit.main(args=arguments, prog_name="curvkit", standalone_mode=False, obj=tuple(arguments))
         sys.stdout.flush()
-    except click.exceptions.Abort:
-        return _interrupted()
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        say("Interrupted.")
+        return INTERRUPTED
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except KeyboardInterrupt:
-        return _interrupted()
     except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except CurvkitError as error:
-        _say(f"Error: {error}")
+        say(f"Error: {error}")
+        if isinstance(error, InvalidArgument) and failures.while_evaluating(error):
+            return UNKNOWN_OBJECTIVE  # raised by the model or the loss on this data, not by what was typed
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except Exception as error:
-        return _foreign(error)
+        failed_to_make = type(error).__name__ == "FactoryFailed"
+        failures.show(error)
+        return UNKNOWN_OBJECTIVE if failed_to_make else FAILED
     return result if isinstance(result, int) else DONE
-
-
-def _foreign(error: Exception) -> int:
-    """An exception that is not curvkit's: the user's code raised it, or there is a fault in curvkit."""
-    from curvkit.resolving import FactoryFailed  # imports torch, which is loaded by now
-
-    cause = error.__cause__ if isinstance(error, FactoryFailed) and error.__cause__ is not None else error
-    if isinstance(cause, CurvkitError):  # raised by curvkit inside the user's factory
-        _say(f"Error: {cause}")
-        return UNKNOWN_OBJECTIVE
-    own = _users_frames(cause)
-    if own:
-        _say("Traceback of your code (most recent call last):")
-        _say("".join(traceback.format_list(own)).rstrip("\n"))
-    text = "".join(traceback.format_exception_only(cause)).rstrip("\n")
-    _say(f"Error: {text}")
-    if isinstance(error, FactoryFailed):
-        _say(f"It was raised while {error} made the objective.")
-        return UNKNOWN_OBJECTIVE
-    if own:
-        _say("It was raised by the model, the loss or the data.")
-    else:
-        _say("".join(traceback.format_tb(cause.__traceback__)).rstrip("\n"))
-        _say("This is not an error that curvkit expects; please report it with the lines above.")
-    return FAILED
-
-
-def _users_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """The frames from the first one in a file that belongs neither to curvkit nor to an installed package."""
-    import importlib._bootstrap
-    import sysconfig
-
-    import curvkit as package
-
-    homes = [
-        Path(package.__file__).parent,
-        Path(__file__).parent,
-        *map(Path, (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))),
-    ]
-    frames = traceback.extract_tb(error.__traceback__)
-
-    def foreign(frame: traceback.FrameSummary) -> bool:
-        if frame.filename.startswith("<"):
-            return False
-        return not any(Path(frame.filename).resolve().is_relative_to(home.resolve()) for home in homes)
-
-    first = next((i for i, frame in enumerate(frames) if foreign(frame)), None)
-    if first is None:
-        return []
-    return [frame for frame in frames[first:] if not frame.filename.startswith("<frozen")]
-
-
-def _interrupted() -> int:
-    _say("Interrupted.")
-    return INTERRUPTED
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)

@@ -14,7 +14,7 @@ import click
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Bytes(click.ParamType):
+class Bytes(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  generic only in new versions
     """A number of bytes: 4GiB, 500MB, 1e9."""
 
     name = "bytes"
@@ -33,7 +33,7 @@ class Bytes(click.ParamType):
         self.fail(f"{value!r} is not a size. Write for example 4GiB or 500MB.", param, ctx)
 
 
-class Seconds(click.ParamType):
+class Seconds(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  generic only in new versions
     """A time: 90, 90s, 2m, 1.5h."""
 
     name = "time"
@@ -46,7 +46,7 @@ class Seconds(click.ParamType):
         self.fail(f"{value!r} is not a time. Write for example 90s, 2m or 1h.", param, ctx)
 
 
-class Assignment(click.ParamType):
+class Assignment(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  generic only in new versions
     """KEY=VALUE."""
 
     name = "key=value"
@@ -87,7 +87,7 @@ class Budget:
     """How exactly, and at what cost."""
 
     tolerance: float
-    max_products: int
+    max_products: int | None
     max_time: float | None
     memory: int | None
     residency: str
@@ -163,11 +163,9 @@ def budget(command: Command) -> Command:
             "--max-products",
             "--max-hvp",
             type=click.IntRange(min=2),
-            default=500,
-            show_default=True,
-            help="Most Hessian products.",
+            help="Most Hessian products of the search.  [default: 500, or 20 per eigenvalue]",
         ),
-        click.option("--max-time", type=Seconds(), metavar="TIME", help="Stop searching after this time, e.g. 60s."),
+        click.option("--max-time", type=Seconds(), metavar="TIME", help="Stop a search after this time, e.g. 60s."),
         click.option("--memory", type=Bytes(), metavar="SIZE", help="For graphs and basis together, e.g. 4GiB."),
         click.option(
             "--residency",

@@ -7,11 +7,21 @@ import time
 from types import TracebackType
 from typing import Self
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 PATIENCE = 2.0
 """Off a terminal nothing is said of work that takes less than this many seconds."""
+
+
+def styled(color: str, *, stderr: bool = False) -> Console:
+    """A console for --color: "always" wins over NO_COLOR, "never" writes no styles at all."""
+    if color == "never":
+        return Console(stderr=stderr, color_system=None, highlight=False)
+    if color == "always":
+        return Console(stderr=stderr, force_terminal=True, no_color=False, highlight=False)
+    return Console(stderr=stderr, highlight=False)
 
 
 class ProgressLine:
@@ -22,7 +32,7 @@ class ProgressLine:
         self._began, self._tenth, self._share = time.monotonic(), 0, 0.0
         self._bar: Progress | None = None
         if not quiet and sys.stderr.isatty():
-            console = Console(stderr=True, no_color=color == "never" or None)
+            console = styled(color, stderr=True)
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=20),
@@ -55,7 +65,7 @@ class ProgressLine:
             self._bar.update(self._task, completed=self._share, detail=detail)
         elif not self._quiet and elapsed > PATIENCE and int(self._share * 10) > self._tenth:
             self._tenth = int(self._share * 10)
-            print(f"{self._title} {self._share:.0%} · {detail}", file=sys.stderr, flush=True)
+            click.echo(f"{self._title} {self._share:.0%} · {detail}", err=True)
 
 
 def duration(seconds: float) -> str:

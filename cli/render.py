@@ -7,21 +7,20 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .progress import duration
+from .progress import duration, styled
 
 if TYPE_CHECKING:
     from curvkit.measures import Sharpness
 
 WHICH = {
-    "largest": "largest (algebraic) eigenvalue",
-    "smallest": "smallest (algebraic) eigenvalue",
-    "both": "eigenvalues at both ends",
-    "magnitude": "eigenvalue of largest magnitude",
+    "largest": "largest (algebraic) eigenvalue{s}",
+    "smallest": "smallest (algebraic) eigenvalue{s}",
+    "both": "eigenvalue{s} at both ends of the spectrum",
+    "magnitude": "eigenvalue{s} of largest magnitude",
 }
 
 
@@ -33,26 +32,28 @@ def chosen_format(asked: str) -> str:
 
 
 def sharpness_table(result: Sharpness, title: str, color: str) -> None:
-    """Print the table with everything that must stand beside the numbers."""
-    console = Console(
-        no_color=color == "never" or None, force_terminal=True if color == "always" else None, highlight=False
-    )
-    console.print(Text(title, style="bold"))
+    """Print the table with everything that must stand beside the numbers; where it does not fit, a block per eigenvalue."""
+    console = styled(color)
+    console.print(Text(title, style="bold", overflow="fold"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("#", "eigenvalue", "interval", "residual", "relative", ""):
-        table.add_column(
-            name, justify="right" if name in ("#", "eigenvalue", "residual", "relative") else "left", header_style="dim"
-        )
+        justify = "left" if name in ("interval", "") else "right"
+        table.add_column(name, justify=justify, header_style="dim", no_wrap=True)
+    narrow: list[Text] = []
     for index, value, low, high, residual, state in rows(result):
+        shown, ends = digits(value, high - low), f"[{digits(low, high - low)}, {digits(high, high - low)}]"
+        relative = f"{residual / abs(value):.1e}" if value else "-"
+        style = "green" if state == "converged" else "yellow"
         table.add_row(
-            str(index),
-            Text(digits(value, high - low), style="bold"),
-            f"[{digits(low, high - low)}, {digits(high, high - low)}]".replace("[", "\\[", 1),
-            f"{residual:.1e}",
-            f"{residual / abs(value):.1e}" if value else "-",
-            Text(state, style="green" if state == "converged" else "yellow"),
+            str(index), Text(shown, style="bold"), Text(ends), f"{residual:.1e}", relative, Text(state, style=style)
         )
-    console.print(Padding(table, (0, 0, 0, 1)))
+        narrow += [Text.assemble(f" {index}  ", (shown, "bold"), "  ", (state, style)), Text(f"    {ends}")]
+        narrow += [Text(f"    residual {residual:.1e}, relative {relative}")]
+    if console.measure(table).maximum + 1 <= console.width:
+        console.print(Padding(table, (0, 0, 0, 1)))
+    else:
+        for line in narrow:
+            console.print(line, overflow="fold")
     for name, text in remarks(result):
         grid = Table.grid(padding=(0, 1, 0, 0))
         grid.add_column(width=11, style="dim", no_wrap=True)
@@ -88,12 +89,14 @@ def rows(result: Sharpness) -> list[tuple[int, float, float, float, float, str]]
 def remarks(result: Sharpness) -> list[tuple[str, str]]:
     """What stands below the numbers."""
     pairs = result.eigenpairs
+    count = len(pairs.values)
+    what = WHICH[pairs.which].format(s="s" if count > 1 else "")
     made = [
-        ("what", f"{WHICH[pairs.which]} of the Hessian at this checkpoint"),
+        ("what", f"the {f'{count} ' if count > 1 else ''}{what} of the Hessian at this checkpoint"),
         ("definition", str(result.definition)),
         ("at", f"loss {result.loss:.6g} · gradient norm {result.gradient_norm:.3g}"),
         ("missed", _missed(result)),
-        ("data", _data(result)),
+        *_data(result),
         ("cost", _cost(result)),
         ("engine", f"{result.plan} · seed {result.seed}"),
     ]
@@ -114,7 +117,7 @@ def digits(value: float, width: float) -> str:
     if value == 0.0 or not math.isfinite(value):
         return f"{value:g}"
     significant = 4 if width <= 0 else math.ceil(math.log10(abs(value) / width)) + 2 if abs(value) > width else 2
-    return f"{value:.{min(max(significant, 4), 12)}g}"
+    return f"{value:#.{min(max(significant, 4), 16)}g}".removesuffix(".")
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
@@ -137,25 +140,34 @@ def _missed(result: Sharpness) -> str:
     return f"with probability {pairs.confidence:.0%} over the random start no eigenvalue lies {' or '.join(claims)}"
 
 
-def _data(result: Sharpness) -> str:
-    parts = []
+def _data(result: Sharpness) -> list[tuple[str, str]]:
+    made = []
     if result.spread is not None:
         spread = result.spread
-        parts.append(
-            f"along the first eigenvector v, v'Hv of each of {len(spread.quotients)} parts of the data lies in "
-            f"[{spread.lowest:.4g}, {spread.highest:.4g}], standard error {spread.stderr:.2g}"
+        row = f" (row {result.leading + 1})" if len(result.eigenpairs.values) > 1 else ""
+        made.append(
+            (
+                "data",
+                f"along the eigenvector v{row}, v'Hv of each of {len(spread.quotients)} parts of the data lies in "
+                f"[{spread.lowest:.4g}, {spread.highest:.4g}]; standard error of their mean {spread.stderr:.2g}",
+            )
         )
     if result.halves is not None:
         halves = result.halves
-        parts.append(
-            f"two halves: {halves.lower:.4g} held out (below the population's value on average), "
-            f"{halves.in_sample:.4g} in sample (above it on average)"
+        text = f"{halves.lower:.4g} held out (below the population's value on average)"
+        if bool(result.eigenpairs.converged[0]):
+            text += f", {halves.in_sample:.4g} in sample (above it on average)"
+        made.append(("two halves", text))
+    if not made and result.stage != "complete":
+        made.append(("data", "not measured yet"))
+    elif not made:
+        made.append(
+            (
+                "data",
+                "doubt from the sample not measured: it takes --data-doubt, and two batches or a loss whose terms are known",
+            )
         )
-    if parts:
-        return "; ".join(parts)
-    if result.stage != "complete":
-        return "not measured yet"
-    return "doubt from the sample not measured: it needs two batches, or a loss whose terms are known, and --data-doubt"
+    return made
 
 
 def _cost(result: Sharpness) -> str:
@@ -167,8 +179,8 @@ def _cost(result: Sharpness) -> str:
 
 def _partial(result: Sharpness) -> str:
     if result.eigenpairs.recomputed:
-        return "interrupted after the eigenvalues were certified; the doubt from data is missing"
-    return "interrupted while searching: residuals are estimates, and the values can still grow"
+        return "interrupted after the eigenvalues were certified: the doubt from data is incomplete"
+    return "interrupted while searching: residuals are estimates, and the values can still move"
 
 
 def json_document(command: str, result: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

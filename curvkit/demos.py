@@ -84,20 +84,21 @@ class CharacterDemo:
         """Train and save.
 
         Args:
-            directory: Made if absent; none of the files may exist.
+            directory: Made if absent; it must have no checkpoint of a demo, whatever its step.
 
         Yields:
             A state after each step.
 
         Raises:
-            InvalidArgument: If a checkpoint of that name is already there.
+            InvalidArgument: If one is already there.
         """
         paths = self.paths(directory)
-        present = next((path for path in paths.values() if path.exists()), None)
+        present = next(iter(sorted((*directory.glob("step-*.pt"), *directory.glob("final.pt")))), None)
         if present is not None:
             raise InvalidArgument(
                 f"demo: {present} is already there and is not overwritten. Choose another folder, or remove it."
             )
+        directory.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the training
         vocabulary = CharacterVocabulary.from_text(topics_text() + string.printable[:95])
         tokens = vocabulary.encode(topics_text())
         model, kwargs = self._model(len(vocabulary))

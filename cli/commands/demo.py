@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from ..failures import say
+from ..interrupts import INTERRUPTED
 from ..progress import ProgressLine
 
 
@@ -17,21 +19,28 @@ from ..progress import ProgressLine
 def demo(directory: Path, steps: int, saves: int, quiet: bool) -> int:
     """Train a small model and save checkpoints in DIRECTORY.
 
-    A Llama-like character model of 107,392 parameters learns Python's own help texts with AdamW, in about half a minute on two cores. Nothing is
-    downloaded. The checkpoints say how they are to be measured, so that `curvkit sharpness` needs no flag.
+    A Llama-like character model of 107,392 parameters learns Python's own help texts with AdamW, in about half a minute on two cores.
+    Nothing is downloaded. The checkpoints say how they are to be measured, so that `curvkit sharpness` needs no flag.
     """
     from curvkit.demos import CharacterDemo
 
     training = CharacterDemo(steps=steps, saves=saves)
     saved: list[tuple[int, float, Path]] = []
-    smoothed = None
-    with ProgressLine("training", quiet=quiet) as progress:
-        for state in training.train(directory):
-            smoothed = state.loss if smoothed is None else 0.95 * smoothed + 0.05 * state.loss
-            progress.update(state.step / state.steps, f"step {state.step} of {state.steps}, loss {smoothed:.2f}")
-            if state.saved is not None:
-                saved.append((state.step, smoothed, state.saved))
+    smoothed, interrupted = None, False
+    try:
+        with ProgressLine("training", quiet=quiet) as progress:
+            for state in training.train(directory):
+                smoothed = state.loss if smoothed is None else 0.95 * smoothed + 0.05 * state.loss
+                progress.update(state.step / state.steps, f"step {state.step} of {state.steps}, loss {smoothed:.2f}")
+                if state.saved is not None:
+                    saved.append((state.step, smoothed, state.saved))
+    except KeyboardInterrupt:
+        interrupted = True
     for step, loss, path in saved:
         click.echo(f"step {step:>6}  loss {loss:.3f} nats per character  {path}")
-    click.echo(f"\nNext: curvkit sharpness {saved[-1][2]}")
+    if saved:
+        click.echo(f"\nNext: curvkit sharpness {saved[-1][2]}")
+    if interrupted:
+        say("Interrupted." if saved else "Interrupted before the first checkpoint: nothing was saved.")
+        return INTERRUPTED
     return 0

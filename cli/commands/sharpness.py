@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import options, render
+from .. import interrupts, options, records, render
+from ..failures import say
+from ..interrupts import INTERRUPTED
 from ..options import Budget, Data, Output, Target
 from ..progress import ProgressLine
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from curvkit.objectives import Objective
     from curvkit.resolving import Resolved
 
-INTERRUPTED, NOT_CONVERGED = 130, 5
+NOT_CONVERGED = 5
 
 
 @click.command()
@@ -55,26 +56,25 @@ def sharpness(
 ) -> int:
     """Largest Hessian eigenvalues of a CHECKPOINT, with intervals.
 
-    The checkpoint is a file of torch.save. If curvkit.save wrote it with a recipe, nothing else is needed; else say with --objective which function
-    returns curvkit.Objective(model, loss, data). Only weights are read from the file; nothing in it is run.
+    The checkpoint is a file of torch.save. If curvkit.save wrote it with a recipe, nothing else is needed; else say with --objective
+    which function returns curvkit.Objective(model, loss, data). Only weights are read from the file; nothing in it is run.
 
-    Each eigenvalue comes with a residual that is recomputed by a true product, and with the interval that follows from it. Doubt from the sample of
-    data is measured apart.
+    Each eigenvalue comes with a residual that is recomputed by a true product, and with the interval that follows from it. Doubt
+    from the sample of data is measured apart.
     """
     settings = _settings(num, which, block_size, data, budget)
-    destination = _destination(output)
-    resolved = _resolve(target, data, output)
-    latest, interrupted = _measure(resolved.objective, settings, budget.seed, output)
-    if latest is None:
-        click.echo("Interrupted before the first product.", err=True)
-        return INTERRUPTED
-    document = render.json_document(
-        "sharpness", {**latest.to_dict(), "interrupted": interrupted}, _record(ctx, target, resolved, latest)
-    )
+    destination = records.destination(output, "sharpness.json")
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
+        resolved = _resolve(target, data, output)
+        latest, interrupted = _measure(resolved.objective, settings, budget.seed, target, output)
+    result = {"interrupted": interrupted} if latest is None else {**latest.to_dict(), "interrupted": interrupted}
+    record = records.describe(ctx, target, resolved) | _facts(latest)
+    document = render.json_document("sharpness", result, record)
     _show(latest, document, target, output)
-    if destination is not None:
-        _write(destination, document, output)
+    if destination is not None and latest is not None:
+        records.write(destination, document, output)
     if interrupted:
+        say("Interrupted." if latest is not None else "Interrupted before the first product: nothing is known yet.")
         return INTERRUPTED
     return _judge(latest, output)
 
@@ -88,7 +88,7 @@ def _settings(num: int, which: Any, block_size: int, data: Data, budget: Budget)
         which=which,
         tolerance=budget.tolerance,
         block_size=block_size,
-        max_products=budget.max_products,
+        max_products=budget.max_products or max(500, 20 * num),
         max_seconds=budget.max_time,
     )
     residency: Any = budget.residency
@@ -99,7 +99,6 @@ def _resolve(target: Target, data: Data, output: Output) -> Resolved:
     import torch
 
     from curvkit.checkpoints import read
-    from curvkit.errors import InvalidArgument
     from curvkit.parameters import ParameterSpace
     from curvkit.resolving import Resolved, resolve
 
@@ -113,33 +112,54 @@ def _resolve(target: Target, data: Data, output: Output) -> Resolved:
         from dataclasses import replace
 
         objective = replace(objective, parameters=ParameterSpace.of(objective.model, target.params))
-    device = ("cuda" if torch.cuda.is_available() else None) if target.device == "auto" else target.device
-    try:
-        if device is not None:
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidArgument(f"--device {device}: this machine cannot use it ({reason}). Use --device cpu.") from error
+    device = ("cuda" if torch.cuda.is_available() else None) if target.device == "auto" else _device(target.device)
     dtype = {"auto": None, "float32": torch.float32, "float64": torch.float64}[target.dtype]
     objective = objective.converted(dtype=dtype, device=device)
     if not output.quiet:
-        click.echo(f"objective: {resolved.source}", err=True)
+        say(f"objective: {resolved.source}")
     return Resolved(objective, resolved.source)
 
 
+def _device(name: str) -> str:
+    """Check that something can be computed there."""
+    import torch
+
+    from curvkit.errors import InvalidArgument
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidArgument(
+            f"--device {name}: torch knows no such device. Write cpu, cuda, cuda:1, or auto, the default."
+        ) from error
+    try:
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
+        raise InvalidArgument(f"--device {name}: this machine cannot use it ({reason}). Use --device cpu.") from error
+    return name
+
+
 def _measure(
-    objective: Objective, settings: SharpnessSettings, seed: int | None, output: Output
+    objective: Objective, settings: SharpnessSettings, seed: int | None, target: Target, output: Output
 ) -> tuple[Sharpness | None, bool]:
     """Run the steps under a progress bar; the last result, and whether Ctrl-C cut it short."""
+    from curvkit.errors import UnsupportedModel
     from curvkit.measures import sharpness_steps
 
     latest = None
     try:
-        with ProgressLine("sharpness", quiet=output.quiet, color=output.color) as progress:
+        with interrupts.watched(), ProgressLine("sharpness", quiet=output.quiet, color=output.color) as progress:
             for latest in sharpness_steps(objective, settings, seed=seed):
                 progress.update(_share(latest, settings), _detail(latest))
     except KeyboardInterrupt:
         return latest, True
+    except UnsupportedModel as error:
+        if target.mode == "eval":
+            raise
+        raise UnsupportedModel(f"{error} Here that is --mode eval, the default.") from error
     return latest, False
 
 
@@ -173,84 +193,38 @@ def _detail(result: Sharpness) -> str:
     return f"doubt from data, {result.products} products"
 
 
-def _record(ctx: click.Context, target: Target, resolved: Resolved, result: Sharpness) -> dict[str, Any]:
+def _facts(result: Sharpness | None) -> dict[str, Any]:
     from curvkit import results
-    from curvkit.checkpoints import digest
-    from curvkit.objectives.data import fingerprint
 
-    chosen: dict[str, Any] = {}
-    for name, value in ctx.params.items():
-        source = ctx.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
-            chosen[name] = {"value": str(value), "source": source.name.lower()}
-    record = {
-        "command": ["curvkit", *sys.argv[1:]] if ctx.parent is not None else [],
-        "options": chosen,
-        "environment": results.environment(),
-        "checkpoint": {"name": target.checkpoint.name, "digest": digest(target.checkpoint)},
-        "objective": {"source": resolved.source, **_objective_source(target)},
-        "data_fingerprint": fingerprint(resolved.objective.batches),
+    if result is None:
+        return {}
+    return {
         "seed": result.seed,
         "plan": results.plain(result.plan),
         "seconds": result.seconds,
         "products": result.products,
-        "peak_memory_bytes": results.peak_memory(),
     }
-    return record
 
 
-def _objective_source(target: Target) -> dict[str, Any]:
-    if target.objective is None or not target.objective.rpartition(":")[0].endswith(".py"):
-        return {}
-    import hashlib
-
-    from curvkit import results
-
-    path = Path(target.objective.rpartition(":")[0])
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "repository": results.repository(path)}
-
-
-def _show(result: Sharpness, document: dict[str, Any], target: Target, output: Output) -> None:
+def _show(result: Sharpness | None, document: dict[str, Any], target: Target, output: Output) -> None:
     from curvkit import results
 
     shape = render.chosen_format(output.format)
     if shape == "json":
         click.echo(results.to_json(document))
+    elif result is None:
+        return
     elif shape == "plain":
         click.echo(render.sharpness_plain(result, str(target.checkpoint)))
     else:
         render.sharpness_table(result, f"sharpness of {target.checkpoint}", output.color)
 
 
-def _destination(output: Output) -> Path | None:
-    """Where -o writes, checked before the work."""
-    if output.out is None:
-        return None
-    path = output.out / "sharpness.json"
-    if path.exists() and not output.fresh:
-        raise click.UsageError(
-            f"{path} is already there and is not overwritten. Choose another folder, or pass --fresh."
-        )
-    return path
-
-
-def _write(path: Path, document: dict[str, Any], output: Output) -> None:
-    from curvkit import results
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(results.to_json(document) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    if not output.quiet:
-        click.echo(f"wrote {path}", err=True)
-
-
-def _judge(result: Sharpness, output: Output) -> int:
-    if result.eigenpairs.all_converged:
+def _judge(result: Sharpness | None, output: Output) -> int:
+    if result is not None and result.eigenpairs.all_converged:
         return 0
-    click.echo(
+    say(
         "Warning: not converged: a residual is above the tolerance. The intervals hold; for narrower ones raise --max-products or "
-        "--max-time, or use --dtype float64.",
-        err=True,
+        "--max-time, or use --dtype float64."
     )
     return NOT_CONVERGED if output.strict else 0

@@ -84,14 +84,32 @@ def _mismatch(
     source: str, missing: list[str], unexpected: list[str], shapes: list[str], num_own: int, num_weights: int
 ) -> str:
     lines = [f"{source}: the weights do not fit the model (file {num_weights} tensors, model {num_own})."]
-    for word, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)):
+    for word, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            lines.append(f"  {word:<11} {', '.join(names[:SHOWN])}{more}")
+            lines.append(f"  {word:<12}{', '.join(names[:SHOWN])}{more}")
+    for index, shape in enumerate(shapes[:SHOWN]):
+        lines.append(f"  {'' if index else 'other shape':<12}{shape}")
+    if len(shapes) > SHOWN:
+        lines.append(f"  {'':<12}and {len(shapes) - SHOWN} more")
+    prefix = _prefix(missing, unexpected)
+    if prefix:
+        lines.append(
+            f"The names fit without the prefix {prefix!r}: save the state dict of the module that was wrapped."
+        )
+        return "\n".join(lines)
     near = [
         (name, close[0]) for name in missing[:SHOWN] if (close := difflib.get_close_matches(name, unexpected, 1, 0.7))
     ]
     if near:
-        lines.append(f"  nearest     {', '.join(f'{a} ~ {b}' for a, b in near)}")
+        lines.append(f"  {'nearest':<12}{', '.join(f'{a} ~ {b}' for a, b in near)}")
     lines.append("Build the model with the sizes of the run that wrote the file, for example with --set.")
     return "\n".join(lines)
+
+
+def _prefix(missing: list[str], unexpected: list[str]) -> str:
+    """What a wrapper (DistributedDataParallel, torch.compile) put before every name; empty if that is not the difference."""
+    if not missing or len(missing) != len(unexpected) or not unexpected[0].endswith(f".{missing[0]}"):
+        return ""
+    prefix = unexpected[0].removesuffix(missing[0])
+    return prefix if {f"{prefix}{name}" for name in missing} == set(unexpected) else ""

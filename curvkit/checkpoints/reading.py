@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import collections
-import datetime
+import contextlib
 import hashlib
-import pathlib
 import pickle
-import types
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -16,40 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from curvkit.checkpoints.detection import Detected, detect, pickled_names
+from curvkit.checkpoints.allowed import SAFE_GLOBALS
+from curvkit.checkpoints.detection import UNREADABLE, Detected, detect
 from curvkit.errors import RefusedCheckpoint
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "weights", "params")
 """Under which key a training dict holds the weights, in order of preference."""
 STEP_KEYS = ("step", "global_step", "iter_num", "iteration", "epoch")
 
-_NUMPY_MAKERS: tuple[Any, ...] = (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])
-SAFE_GLOBALS: list[Any] = [
-    argparse.Namespace,
-    types.SimpleNamespace,
-    pathlib.PosixPath,
-    pathlib.PurePosixPath,
-    collections.defaultdict,
-    list,
-    dict,
-    int,
-    float,
-    datetime.datetime,
-    datetime.timedelta,
-    np.dtype,
-    np.ndarray,
-    *(
-        (f, f"{module}.{f.__name__}")
-        for f in _NUMPY_MAKERS
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-    ),
-    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "uint32", "bool")),
-]
-"""Plain containers and numbers that training scripts store beside weights; none of them runs anything."""
+FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
+"""How torch names what it will not load."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +34,7 @@ class Checkpoint:
 
     path: Path
     kind: str
-    """"state dict", "training dict" or "curvkit"."""
+    """"state dict", "training dict" or "checkpoint of curvkit.save"."""
     weights: dict[str, Tensor]
     optimizer: Mapping[str, Any] | None
     step: int | None
@@ -74,12 +50,25 @@ class Checkpoint:
         """Numbers in all weights, buffers included."""
         return sum(tensor.numel() for tensor in self.weights.values())
 
+    @property
+    def lr(self) -> list[float]:
+        """Distinct learning rates of the optimizer's groups, in order."""
+        groups = (self.optimizer or {}).get("param_groups")
+        rates = [group.get("lr") for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
+        return list(
+            dict.fromkeys(
+                float(lr) for lr in rates if isinstance(lr, int | float) or (isinstance(lr, Tensor) and lr.numel() == 1)
+            )
+        )
+
     def __str__(self) -> str:
         """One line for people."""
         dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.weights.values()})
         parts = [self.kind, f"{len(self.weights)} tensors, {self.numel:,} numbers, {', '.join(dtypes)}"]
         if self.step is not None:
             parts.append(f"step {self.step}")
+        if self.lr:
+            parts.append(f"optimizer with lr {', '.join(f'{lr:.4g}' for lr in self.lr[:3])}")
         return " · ".join(parts)
 
 
@@ -165,28 +154,32 @@ def _load(found: Detected) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
             warnings.simplefilter("ignore")
             return torch.load(found.path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can end in any exception
-        text = str(error)
-        if isinstance(error, pickle.UnpicklingError) and UNSAFE.search(text):
-            raise RefusedCheckpoint(_unsafe(found, text)) from error
-        reason = next((line for line in map(str.strip, REASON.sub("", text).splitlines()) if line), "")
+    except pickle.UnpicklingError as error:
+        raise RefusedCheckpoint(_unsafe(found, error)) from error
+    except Exception as error:  # a damaged pickle can end in any of them
         raise RefusedCheckpoint(
-            f"{found.path}: the file is damaged ({reason[:200] or type(error).__name__}). "
-            "Take another copy or an earlier checkpoint."
+            f"{found.path}: the file is damaged ({_reason(error)}). Take another copy or an earlier checkpoint."
         ) from error
 
 
-def _unsafe(found: Detected, text: str) -> str:
+def _reason(error: Exception) -> str:
+    """The first line that says something."""
+    lines = str(error).split("WeightsUnpickler error:")[-1].splitlines()
+    return next((line.strip()[:200] for line in lines if line.strip()), type(error).__name__)
+
+
+def _unsafe(found: Detected, error: Exception) -> str:
     """Why a file is refused, with the names that it refers to; nothing is unpickled to find them."""
-    names: list[str] = []
+    names = set(FORBIDDEN.findall(str(error)))
     if found.kind == "torch zip":
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(found.path)
-    names = sorted(names) or [UNSAFE.search(text)[1]]  # type: ignore[index]
-    shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-    kind = "a whole pickled model" if any(".nn.modules." in name for name in names) else "more than tensors and plain data"
+        with contextlib.suppress(Exception), torch.serialization.safe_globals(SAFE_GLOBALS):
+            names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(found.path))
+    shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
+    pickled = any(".nn.modules." in name for name in names)
+    kind = "a whole pickled model" if pickled else "more than tensors and plain data"
+    what = f"it refers to {shown}, and loading that could run code" if names else _reason(error)
     return (
-        f"{found.path}: refused, {kind}: it refers to {shown}, and loading that could run code. Nothing was executed. "
+        f"{found.path}: refused, {kind}: {what}. Nothing was executed. "
         "Save the weights alone where the file was made: torch.save(model.state_dict(), path)."
     )
 
@@ -194,7 +187,7 @@ def _unsafe(found: Detected, text: str) -> str:
 def _interpret(path: Path, content: Any) -> Checkpoint:
     if not isinstance(content, Mapping):
         raise RefusedCheckpoint(
-            f"{path}: holds a {type(content).__name__}, not a state dict. Save torch.save(model.state_dict(), path)."
+            f"{path}: holds a {type(content).__name__}, not a state dict. Save the weights: torch.save(model.state_dict(), path)."
         )
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return Checkpoint(path, "state dict", _own_tensors(path, content), None, None, None)
@@ -211,14 +204,14 @@ def _interpret(path: Path, content: Any) -> Checkpoint:
         (content[k] for k in ("optimizer", "optimizer_state_dict", "optim") if isinstance(content.get(k), Mapping)),
         None,
     )
-    names = own.get("optimizer_names")
+    names, recipe = own.get("optimizer_names"), own.get("recipe")
     return Checkpoint(
         path,
-        "curvkit" if own else "training dict",
+        "checkpoint of curvkit.save" if own else "training dict",
         _own_tensors(path, content[key]),
         optimizer,
         step,
-        own.get("recipe"),
+        recipe if isinstance(recipe, Mapping) else None,
         tuple(map(str, content)),
         names if isinstance(names, list) else None,
     )
@@ -238,8 +231,8 @@ def _own_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
             tensor.untyped_storage().nbytes(), 1
         ):
             raise RefusedCheckpoint(
-                f"{path}: the tensor {name!r} claims {tensor.numel():,} elements but {tensor.untyped_storage().nbytes():,} bytes are stored. "
-                "Such a file would fill the memory; write it again with .contiguous() tensors."
+                f"{path}: the tensor {name!r} claims {tensor.numel():,} elements, but {tensor.untyped_storage().nbytes():,} bytes are "
+                "stored. Such a file would fill the memory; write it again with .contiguous() tensors."
             )
         weights[str(name)] = tensor
     return weights

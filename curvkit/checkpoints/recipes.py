@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {function.__name__: function for func
 """Names that a recipe may use for its loss: those of torch.nn.functional, and token_cross_entropy."""
 
 
+NOT_OPTIONS = {"input", "target", "outputs", "targets", "size_average", "reduce"}
+"""Arguments of those functions that are data, or that torch keeps for old code."""
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """Model, loss and calibration data by name and by value.
@@ -32,7 +37,7 @@ class Recipe:
         batch_size: Rows that go through the model at a time; None takes all at once. The result does not depend on it.
 
     Raises:
-        InvalidArgument: If a name is unknown, or the batch has not the two tensors.
+        InvalidArgument: If the loss or one of its options is unknown, or the batch has not the two tensors.
 
     Example:
         >>> batch = {"x": torch.ones(4, 2), "y": torch.tensor([0, 1, 2, 0])}
@@ -49,12 +54,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check names and shapes; the model is not built yet."""
-        if self.loss not in LOSSES:
+        if not isinstance(self.loss, str) or self.loss not in LOSSES:
             near = difflib.get_close_matches(str(self.loss), LOSSES, 2)
             raise InvalidArgument(
                 f"Recipe: no loss is called {self.loss!r}{', nearest: ' + ' or '.join(near) if near else ''}. "
                 f"The names are {', '.join(sorted(LOSSES))}."
             )
+        self._check_options()
         if set(self.batch) != {"x", "y"} or not all(isinstance(value, Tensor) for value in self.batch.values()):
             raise InvalidArgument(
                 f"Recipe: batch has {sorted(map(str, self.batch))}; it must be {{'x': inputs, 'y': targets}}, both tensors."
@@ -67,6 +73,19 @@ class Recipe:
         if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
             raise InvalidArgument(
                 f"Recipe: batch_size={self.batch_size!r} must be at least 1, or None for all rows at once."
+            )
+
+    def _check_options(self) -> None:
+        allowed = set(inspect.signature(LOSSES[self.loss]).parameters) - NOT_OPTIONS
+        unknown = [key for key in self.loss_options if key not in allowed]
+        if unknown:
+            raise InvalidArgument(
+                f"Recipe: the loss {self.loss} has no option {unknown[0]!r}. It takes {', '.join(sorted(allowed))}."
+            )
+        reduction = self.loss_options.get("reduction", "mean")
+        if reduction not in ("mean", "sum"):
+            raise InvalidArgument(
+                f"Recipe: loss_options has reduction={reduction!r}; curvature needs a scalar: use 'mean' or 'sum'."
             )
 
     @classmethod
@@ -92,10 +111,11 @@ class Recipe:
             raise InvalidArgument(
                 f"Recipe: missing {sorted(missing)}, unknown {sorted(map(str, unknown))}. Its keys are {', '.join(sorted(allowed))}."
             )
-        if not isinstance(plain["kwargs"], Mapping) or not isinstance(plain["batch"], Mapping):
-            raise InvalidArgument(
-                "Recipe: kwargs and batch must be dicts. Write for example kwargs={'sizes': [784, 10]}."
-            )
+        for key in ("kwargs", "batch", "loss_options"):
+            if not isinstance(plain.get(key, {}), Mapping):
+                raise InvalidArgument(
+                    f"Recipe: {key} is a {type(plain[key]).__name__}; it must be a dict, for example kwargs={{'sizes': [784, 10]}}."
+                )
         return cls(**{key: value for key, value in plain.items() if key in allowed})
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,14 +146,14 @@ class Recipe:
 
 
 def check_recipe(recipe: Recipe, model: nn.Module) -> None:
-    """Refuse a recipe that does not build the model that is being saved.
+    """Refuse a recipe that does not build the model that is being saved, or whose model and loss do not take its batch.
 
     Args:
-        recipe: Its builder is run on the meta device, which allocates nothing.
+        recipe: Its model and loss are run on the meta device, which allocates nothing and sees shapes and dtypes only.
         model: The model in hand.
 
     Raises:
-        InvalidArgument: If the builder fails, or names or shapes of the weights differ.
+        InvalidArgument: If the builder fails, names or shapes of the weights differ, or the batch does not fit.
     """
     try:
         with torch.device("meta"):
@@ -148,3 +168,22 @@ def check_recipe(recipe: Recipe, model: nn.Module) -> None:
             f"curvkit.save: the recipe builds another model than the one given: {name!r} is {expected.get(name, 'absent')} by the recipe "
             f"and {found.get(name, 'absent')} in the model. Give the builder's kwargs that made this model."
         )
+    _check_batch(recipe, built.eval())
+
+
+def _check_batch(recipe: Recipe, model: nn.Module) -> None:
+    """Run two rows through model and loss, all on the meta device."""
+    x, y = (recipe.batch[key][:2].to("meta") for key in ("x", "y"))
+    options = {
+        key: value.to("meta") if isinstance(value, Tensor) else value for key, value in recipe.loss_options.items()
+    }
+    try:
+        with torch.no_grad():
+            LOSSES[recipe.loss](model(x), y, **options)
+    except Exception as error:  # whatever torch raises for shapes and dtypes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InvalidArgument(
+            f"curvkit.save: the recipe's model {recipe.builder!r} and loss {recipe.loss} do not take its batch, "
+            f"x {tuple(recipe.batch['x'].shape)} {recipe.batch['x'].dtype}, y {tuple(recipe.batch['y'].shape)} "
+            f"{recipe.batch['y'].dtype}: {reason} Give the inputs and targets of one training step."
+        ) from error

@@ -43,8 +43,8 @@ def save(
         The path.
 
     Raises:
-        InvalidArgument: If something is not a tensor or a plain value, the recipe does not build this model, or the optimizer has parameters
-            that the model has not.
+        InvalidArgument: If something is not a tensor or a plain value, the recipe does not build this model, or the optimizer has
+            parameters that the model has not.
 
     Cost: one copy of the state on disk.
 
@@ -110,21 +110,19 @@ def _plain(value: Any, where: str) -> Any:
             if value.numel() * value.element_size() < value.untyped_storage().nbytes()
             else value.detach()
         )
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, str):
-        return str(value)
+    for kind in (bool, int, float, str):  # a subclass (TorchVersion, numpy.float64) could not be read with weights_only
+        if isinstance(value, kind):
+            return kind(value)
+    if value is None:
+        return None
     if isinstance(value, Mapping):
         return {_key(key, where): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return (
-            type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
-            if type(value) in (list, tuple)
-            else list(value)
-        )
+        items = [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
     raise InvalidArgument(
-        f"curvkit.save: {where} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds tensors and plain values only, so "
-        "that it can be read without running code. Convert it, for example with float(...) or str(...)."
+        f"curvkit.save: {where} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds tensors and plain "
+        "values only, so that it can be read without running code. Convert it, for example with float(...) or str(...)."
     )
 
 

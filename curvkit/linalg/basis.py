@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -51,18 +53,28 @@ def norm(x: Tensor) -> float:
 class Basis:
     """Orthonormal vectors as the rows of a matrix that grows in chunks, so that no memory is taken before it is used.
 
-    Rows are never overwritten: whoever holds the number of rows at some time can still read them later.
+    Rows are never overwritten, except all at once by `restart`.
 
     Args:
         n: Length of a row.
         dtype: Of the rows.
         device: Of the rows.
+        capacity: Most rows there will be; no chunk is larger than what is left of it.
     """
 
-    def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.n, self.dtype, self.device = n, dtype, device
-        self.size = 0
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device, *, capacity: int) -> None:
+        self.n, self.dtype, self.device, self.capacity = n, dtype, device, capacity
         self._chunks: list[Tensor] = []
+        self.size = self._room = 0
+
+    def restart(self, head: Tensor) -> None:
+        """Drop all rows and take over others, without a copy.
+
+        Args:
+            head: [m, n], orthonormal rows.
+        """
+        self._chunks = [head]
+        self.size = self._room = head.shape[0]
 
     def append(self, row: Tensor) -> None:
         """Add a row of unit length that is orthogonal to the others.
@@ -70,10 +82,12 @@ class Basis:
         Args:
             row: [n].
         """
-        place = self.size % CHUNK_ROWS
-        if place == 0:
-            self._chunks.append(torch.empty(CHUNK_ROWS, self.n, dtype=self.dtype, device=self.device))
-        self._chunks[-1][place].copy_(row)
+        if self.size == self._room:
+            rows = max(1, min(CHUNK_ROWS, self.capacity - self.size))
+            self._chunks.append(torch.empty(rows, self.n, dtype=self.dtype, device=self.device))
+            self._room += rows
+        last = self._chunks[-1]
+        last[last.shape[0] - (self._room - self.size)].copy_(row)
         self.size += 1
 
     def coefficients(self, w: Tensor) -> Tensor:
@@ -127,6 +141,10 @@ class Basis:
             start += chunk.shape[0]
         return made
 
-    def _filled(self, size: int) -> list[Tensor]:
-        whole, rest = divmod(size, CHUNK_ROWS)
-        return [*self._chunks[:whole], *([self._chunks[whole][:rest]] if rest else [])]
+    def _filled(self, size: int) -> Iterator[Tensor]:
+        """The chunks that hold the first `size` rows, the last one cut."""
+        for chunk in self._chunks:
+            if size <= 0:
+                return
+            yield chunk[:size]
+            size -= chunk.shape[0]

@@ -197,9 +197,16 @@ class Capacity:
         if max_rows is None:
             return cls(n + block_size, num)
         least = num + block_size + 3
-        rows = min(n + block_size, 3 * (max_rows - num - block_size - 3) // 4)
+        working = 2 * block_size  # the block and what is left of its product
+        spare = {"certificate": 3 * num + 2, "step": block_size + 2, "restart": num + 1}
+        rows = max_rows - working - max(spare["certificate"], spare["step"])
+        rows = min(
+            n + block_size, rows, 3 * (max_rows - working - spare["restart"]) // 4
+        )  # a restart keeps up to a third more
         if rows < min(least, n):
-            needed = -(-4 * least // 3) + num + block_size + 3
+            needed = working + max(
+                least + spare["certificate"], least + spare["step"], -(-4 * least // 3) + spare["restart"]
+            )
             raise InvalidArgument(
                 f"lanczos: {max_rows} vectors of length {n} fit the memory budget; {num} eigenvalue(s) with blocks of {block_size} "
                 f"need at least {needed}. Raise the budget, or ask for fewer eigenvalues."

@@ -93,7 +93,10 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class LanczosState:
-    """What is known after some products: Ritz values, with the recurrence's estimates of their residuals."""
+    """What is known after some products: Ritz values, with the recurrence's estimates of their residuals.
+
+    The numbers stay; the vectors can be computed until the next state is asked for, because a restart gives up the basis.
+    """
 
     values: Tensor
     """[k] float64, descending: the wanted Ritz values; fewer than asked for while the basis is smaller."""
@@ -129,7 +132,7 @@ class LanczosState:
         Cost: m k n multiplications; k n numbers.
         """
         rows = self.basis.combine(self.weights, self.weights.shape[0])
-        return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
     def settled(self, num: int, tolerance: float) -> bool:
         """Whether `num` values are there and their estimated residuals are small enough.
@@ -202,7 +205,7 @@ def steps(
     capacity = Capacity.within(settings.max_rows, n=A.n, num=num, block_size=block_size)
     random = RandomVectors(A, seeds.settle(seed))
     left, random_share = start_block(start, block_size, random)
-    basis, T = Basis(A.n, A.dtype, A.device), torch.zeros(0, 0, dtype=torch.float64)
+    basis, T = Basis(A.n, A.dtype, A.device, capacity=capacity.rows), torch.zeros(0, 0, dtype=torch.float64)
     eps, scale, products, count, restarts = torch.finfo(A.dtype).eps, 0.0, 0, 0, 0
     plain, chain = block_size == 1, None  # plain: T is still tridiagonal, all of it from the start vector
     while basis.size < A.n:
@@ -244,9 +247,7 @@ def steps(
         )
         if basis.size + block_size > capacity.rows and not spanned:
             best = wanted(theta, capacity.kept, which)
-            rows, basis = basis.combine(S[:, best]), Basis(A.n, A.dtype, A.device)
-            for row in rows:
-                basis.append(row)
+            basis.restart(basis.combine(S[:, best]))
             T, restarts, plain = torch.diag(theta[best]), restarts + 1, False
 
 

@@ -122,7 +122,9 @@ def halves(
         except UnknownObjective:  # a half without a loss term: all its targets are ignored
             return
         top = None
-        for pairs in lanczos.search(operator, settings, start=operator.gradient, seed=(seed + 1 + index) % seeds.SEED_LIMIT):
+        for pairs in lanczos.search(
+            operator, settings, start=operator.gradient, seed=(seed + 1 + index) % seeds.SEED_LIMIT
+        ):
             top = pairs.vectors
             yield None
         if top is None:

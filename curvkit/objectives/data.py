@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+import random
+import sys
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from curvkit.errors import InvalidArgument, UnsupportedModel
-from curvkit.losses.batches import Batch, check_batch, tensors
+from curvkit.losses.batches import Batch, check_batch, map_tensors, tensors
 from curvkit.objectives.surroundings import random_state
 
 DRAW_SEED = 0
 """A loader that shuffles is drawn under this seed, so that the draw is the same in every process."""
+AUGMENTATION_DRAWS = 8
+"""So often one example is fetched; a flip with probability 1/2 stays unseen with probability 1/128."""
 
 
 def check_source(data: Any) -> None:
@@ -39,7 +44,7 @@ def check_source(data: Any) -> None:
         raise InvalidArgument(
             f"Objective: data={type(data).__name__} cannot be iterated. Pass a DataLoader or a list of batches, each (inputs, targets)."
         )
-    if iter(data) is data:
+    if isinstance(data, Iterator):  # to ask a DataLoader for an iterator would draw a random number
         raise InvalidArgument(
             f"Objective: data is a one-shot iterator (a {type(data).__name__}): it gives its batches only once. "
             "Pass the loader itself, or list(iterator)."
@@ -71,13 +76,8 @@ def draw(data: Iterable[Batch], limit: int | None) -> tuple[tuple[Batch, ...], t
         )
     for index, batch in enumerate(batches):
         check_batch(batch, index)
-    if not isinstance(data, DataLoader | list | tuple) and _fingerprints(_once(data, 1)) != _fingerprints(batches[:1]):
-        if sorted(_row_prints(_once(data, None))) != sorted(_row_prints(_once(data, None))):
-            raise UnsupportedModel(
-                f"Objective: two passes over the data ({type(data).__name__}) give different examples: random augmentation or sampling. "
-                "Curvature needs one fixed data set: turn it off, or pass list(data) to measure one draw."
-            )
-        notes.append(f"{type(data).__name__} shuffles; one draw of its batches is kept")
+    if not isinstance(data, list | tuple) and not _is_map_style(data):
+        notes += _second_pass(data, batches, limit)
     if limit is not None and len(batches) == limit and _length(data) not in (None, limit):
         notes.append(f"the first {limit} of {_length(data)} batches")
     return batches, tuple(notes)
@@ -95,27 +95,67 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     return hashlib.sha256("".join(_fingerprints(batches)).encode()).hexdigest()[:16]
 
 
-def _once(data: Iterable[Batch], limit: int | None) -> tuple[Batch, ...]:
-    generators = [
-        g for g in (getattr(data, "generator", None), getattr(getattr(data, "sampler", None), "generator", None)) if g
-    ]
+def _once(data: Iterable[Batch], limit: int | None, seed: int = DRAW_SEED) -> tuple[Batch, ...]:
+    """One pass, or its beginning, under a seed; as ordinary tensors, also inside `torch.inference_mode`."""
+    holders = (data, getattr(data, "sampler", None), getattr(data, "dataset", None))
+    generators = [g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)]
     states = [g.get_state() for g in generators]
-    with random_state():
-        torch.manual_seed(DRAW_SEED)
+    with _seeded(seed), torch.inference_mode(False):
         for g in generators:
-            g.manual_seed(DRAW_SEED)
+            g.manual_seed(seed)
         try:
-            return tuple(itertools.islice(data, limit))
+            return tuple(_ordinary(batch) for batch in itertools.islice(data, limit))
         finally:
             for g, state in zip(generators, states, strict=True):
                 g.set_state(state)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Generator[None]:
+    """Every global random state at a seed, and as it was on leaving."""
+    with random_state():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            numpy.random.seed(seed)
+        yield
+
+
+def _ordinary(batch: Batch) -> Batch:
+    """The batch itself, or a copy of one that was made in inference mode, which cannot be differentiated through."""
+    if not any(tensor.is_inference() for tensor in tensors(batch)):
+        return batch
+    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
+
+
+def _second_pass(data: Iterable[Batch], batches: tuple[Batch, ...], limit: int | None) -> list[str]:
+    """Draw again under another seed: other examples are random, the same examples in another order are shuffled."""
+    if _fingerprints(_once(data, 1, DRAW_SEED + 1)) == _fingerprints(batches[:1]):
+        return []
+    name = type(data.dataset).__name__ if isinstance(data, DataLoader) else type(data).__name__
+    if (
+        limit is not None and _length(data) is None
+    ):  # perhaps without end, so that there is no set of examples to compare
+        return [f"{name} gives other batches with each pass; the first {limit} of one pass are kept"]
+    one, other = (sorted(_row_prints(_once(data, None, DRAW_SEED + index))) for index in (0, 1))
+    if one != other:
+        raise UnsupportedModel(
+            f"Objective: two passes over the data ({name}) give different examples: random augmentation or sampling. "
+            "Curvature needs one fixed data set: turn it off, or pass list(data) to measure one draw."
+        )
+    return [f"{name} shuffles; one draw of its batches is kept"]
+
+
+def _is_map_style(data: Iterable[Batch]) -> bool:
+    return isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset)
 
 
 def _loader_notes(loader: DataLoader[Any]) -> list[str]:
     notes = []
     if isinstance(loader.sampler, RandomSampler):
         notes.append("the DataLoader shuffles; one draw of its batches is kept")
-    elif not isinstance(loader.sampler, SequentialSampler):
+    elif _is_map_style(loader) and not isinstance(loader.sampler, SequentialSampler):
         notes.append(f"the DataLoader draws by {type(loader.sampler).__name__}; one draw of its batches is kept")
     size = _length(loader.dataset)
     if loader.drop_last and loader.batch_size and size is not None and size % loader.batch_size:
@@ -124,19 +164,18 @@ def _loader_notes(loader: DataLoader[Any]) -> list[str]:
 
 
 def _refuse_augmentation(loader: DataLoader[Any]) -> None:
-    """Compare one example of a map-style data set with itself, fetched under another random state."""
+    """Compare one example of a map-style data set with itself, fetched and collated under other random states."""
     dataset = loader.dataset
-    if not hasattr(dataset, "__getitem__") or not _length(dataset):
+    if not _is_map_style(loader) or not _length(dataset):
         return
-    prints = set()
-    with random_state():
-        for seed in (1, 2):
-            torch.manual_seed(seed)
+    prints: set[str] = set()
+    for seed in range(AUGMENTATION_DRAWS):
+        with _seeded(seed):
             try:
-                example = dataset[0]
-            except (KeyError, IndexError, TypeError):
-                return  # keyed by something else than positions
-            prints.add("".join(_fingerprints([example])))
+                example = loader.collate_fn([dataset[0]] if loader.batch_sampler is not None else dataset[0])
+            except Exception:
+                return  # keyed by something else than positions, or collated in some number; a real fault shows in the draw
+        prints.add("".join(_fingerprints([example])))
     if len(prints) > 1:
         transform = getattr(dataset, "transform", None)
         where = f"{type(dataset).__name__}" + (f" with transform {transform!r}" if transform is not None else "")

@@ -17,7 +17,7 @@ from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
 from curvkit.losses import Batch, KnownLoss, Loss, LossTerms, as_loss
 from curvkit.losses.batches import cast, map_tensors, rows, take_rows, tensors
 from curvkit.objectives import data as drawing
-from curvkit.objectives.modes import mode, refuse_random_modules
+from curvkit.objectives.modes import mode, refuse_gradient_hooks, refuse_random_modules
 from curvkit.objectives.surroundings import exact_arithmetic, random_state, undisturbed
 from curvkit.parameters import ParameterSpace
 
@@ -141,10 +141,11 @@ class Objective:
         """Everything is left as it was found, and kernels are exact; each public measurement runs inside this.
 
         Raises:
-            UnsupportedModel: If the model is random, or couples the examples of a batch.
+            UnsupportedModel: If the model is random, couples the examples of a batch, or has hooks that change gradients.
         """
         self.device  # noqa: B018  one device, or refused
         refuse_random_modules(self.model, len(self.batches))
+        refuse_gradient_hooks(self.model)
         with random_state(), undisturbed(self.model), exact_arithmetic(self.model):
             yield
 
@@ -221,14 +222,15 @@ class Objective:
 
         Cost: one gradient over the data.
         """
-        total = torch.zeros(self.parameters.n, dtype=self.dtype, device=self.device)
         weights = []
         with self.measuring():
+            total = torch.zeros(self.parameters.n, dtype=self.dtype, device=self.device)
             for index in range(len(self.batches)):
                 terms = self.terms(index)
                 weights.append(terms.weight)
-                pieces = torch.autograd.grad(terms.total, self.tensors, materialize_grads=True)
-                total += self.parameters.join(pieces)
+                if terms.total.requires_grad:  # else the batch does not depend on the parameters
+                    pieces = torch.autograd.grad(terms.total, self.tensors, materialize_grads=True)
+                    total += self.parameters.join(pieces)
         return total / self.denominator(weights)
 
     def converted(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Objective:

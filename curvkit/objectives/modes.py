@@ -56,6 +56,23 @@ def refuse_random_modules(model: nn.Module, num_batches: int) -> None:
         )
 
 
+def refuse_gradient_hooks(model: nn.Module) -> None:
+    """Refuse hooks on parameters: torch applies them to every derivative, so that a clipped gradient gives a wrong Hessian.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        UnsupportedModel: Naming the first parameter that has one.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter._backward_hooks:
+            raise UnsupportedModel(
+                f"Objective: the parameter {name!r} has a gradient hook (Tensor.register_hook), which would change the derivatives. "
+                "Remove it with the handle's remove(); to freeze a parameter use requires_grad_(False)."
+            )
+
+
 def _drops(module: nn.Module) -> bool:
     if isinstance(module, _DropoutNd):
         return module.p > 0

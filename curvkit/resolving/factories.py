@@ -14,12 +14,29 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from curvkit.errors import UnknownObjective
+from curvkit.errors import InvalidArgument, UnknownObjective
 from curvkit.objectives import Objective, is_objective
 
 
 class FactoryFailed(Exception):
-    """The user's own code raised; `__cause__` is its exception, whose traceback is what helps."""
+    """The user's own code raised; `__cause__` is its exception, whose traceback is what helps. The text says when."""
+
+
+@contextlib.contextmanager
+def neighbours(reference: str) -> Generator[None]:
+    """Let the user's code import what lies beside it, as `python train.py` would, while it is imported and called.
+
+    Args:
+        reference: As of `load_factory`.
+    """
+    place = reference.rpartition(":")[0]
+    directory = str(Path(place).resolve().parent if place.endswith(".py") else Path.cwd())
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(directory)
 
 
 def load_factory(reference: str) -> Callable[..., Any]:
@@ -32,20 +49,22 @@ def load_factory(reference: str) -> Callable[..., Any]:
         The function.
 
     Raises:
-        UnknownObjective: If the form is wrong, or file, module or function is not there.
+        InvalidArgument: If the form is wrong, or file, module or function is not there.
         FactoryFailed: If importing it raised.
     """
     place, colon, name = reference.rpartition(":")
-    if not colon or not place or not name.isidentifier():
-        raise UnknownObjective(
+    well_formed = place.endswith(".py") or all(part.isidentifier() for part in place.split("."))
+    if not colon or not well_formed or not name.isidentifier():
+        raise InvalidArgument(
             f"--objective {reference!r}: expected FILE.py:FUNCTION or MODULE:FUNCTION, for example train.py:objective."
         )
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    with neighbours(reference):
+        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     found = getattr(module, name, None)
     if not callable(found):
         marked = [key for key, value in vars(module).items() if is_objective(value)]
         hint = f"; marked with @curvkit.objective: {', '.join(marked)}" if marked else ""
-        raise UnknownObjective(
+        raise InvalidArgument(
             f"--objective {reference!r}: {place} has no function {name!r}{hint}. "
             "Write one that returns curvkit.Objective(model, loss, data)."
         )
@@ -63,110 +82,99 @@ def call_factory(factory: Callable[..., Any], settings: Mapping[str, str]) -> Ob
         What it made.
 
     Raises:
-        UnknownObjective: If a keyword is unknown, a value does not convert, or the result is no `Objective`.
+        InvalidArgument: If a keyword is unknown or missing, or a value does not convert.
+        UnknownObjective: If the result is no `Objective`.
         FactoryFailed: If the function raised.
     """
+    name = getattr(factory, "__name__", str(factory))
     keywords = _converted(factory, settings)
     try:
         made = factory(**keywords)
-    except Exception as error:
-        raise FactoryFailed(getattr(factory, "__name__", "factory")) from error
+    except (Exception, SystemExit) as error:
+        raise FactoryFailed(f"{name}() made the objective") from error
     if not isinstance(made, Objective):
         raise UnknownObjective(
-            f"--objective: {getattr(factory, '__name__', factory)} returned a {type(made).__name__}. "
-            "It must return curvkit.Objective(model, loss, data)."
+            f"--objective: {name}() returned a {type(made).__name__}. It must return curvkit.Objective(model, loss, data)."
         )
     return made
 
 
 def _converted(factory: Callable[..., Any], settings: Mapping[str, str]) -> dict[str, Any]:
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = dict(inspect.signature(factory).parameters)
+    except (ValueError, TypeError):  # some builtins do not tell
+        parameters = {}
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    named = {k: p for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     try:
         hints = typing.get_type_hints(factory)
-    except (NameError, TypeError, AttributeError):
+    except Exception:  # annotations may be any expression
         hints = {}
     values: dict[str, Any] = {}
     for key, text in settings.items():
-        if key not in parameters and not takes_all:
-            raise UnknownObjective(
-                f"--set {key}={text}: the factory takes {', '.join(parameters) or 'no arguments'}. Correct the name."
+        if key not in named and not takes_all:
+            raise InvalidArgument(
+                f"--set {key}={text}: the function takes {', '.join(named) or 'no arguments'}. Correct the name."
             )
-        default = parameters[key].default if key in parameters else inspect.Parameter.empty
+        default = named[key].default if key in named else inspect.Parameter.empty
         kind = hints.get(key) or (type(default) if default not in (inspect.Parameter.empty, None) else str)
         values[key] = _value(key, text, kind)
-    missing = [
-        key
-        for key, p in parameters.items()
-        if p.default is inspect.Parameter.empty
-        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and key not in values
-    ]
+    missing = [key for key, p in named.items() if p.default is inspect.Parameter.empty and key not in values]
     if missing:
-        raise UnknownObjective(f"--objective: the factory needs {', '.join(missing)}. Add --set {missing[0]}=VALUE.")
+        raise InvalidArgument(f"--objective: the function needs {', '.join(missing)}. Add --set {missing[0]}=VALUE.")
     return values
 
 
 def _value(key: str, text: str, kind: Any) -> Any:
-    kinds = [k for k in (typing.get_args(kind) or (kind,)) if k is not type(None)]
+    """Convert the text of `--set` to bool, int, float, str, one of a Literal's values, or None where that is allowed."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     for candidate in kinds:
         if candidate is bool and text.lower() in ("true", "false", "1", "0", "yes", "no"):
             return text.lower() in ("true", "1", "yes")
+        if candidate is type(None) and text.lower() == "none":
+            return None
+        if typing.get_origin(candidate) is typing.Literal and text in map(str, typing.get_args(candidate)):
+            return next(value for value in typing.get_args(candidate) if str(value) == text)
         if candidate in (int, float, str):
             with contextlib.suppress(ValueError):
                 return candidate(text)
-    shown = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
-    raise UnknownObjective(
-        f"--set {key}={text}: not a value of type {shown}. Types are those of the factory's annotations: bool, int, float, str."
+    shown = " or ".join(k.__name__ if isinstance(k, type) else str(k).removeprefix("typing.") for k in kinds)
+    raise InvalidArgument(
+        f"--set {key}={text}: not a value of type {shown}, which the function asks for. "
+        "Only bool, int, float, str, Literal and None can be given here."
     )
 
 
 def _import_file(path: Path) -> types.ModuleType:
     if not path.is_file():
-        raise UnknownObjective(
+        raise InvalidArgument(
             f"--objective {str(path)!r}: there is no such file. Paths are taken from the current directory, {_here()}."
         )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = path.stem if path.stem not in sys.modules else f"curvkit_objective_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UnknownObjective(f"--objective {str(path)!r}: Python cannot import it. Pass a .py file.")
+        raise InvalidArgument(f"--objective {str(path)!r}: Python cannot import it. Pass a .py file.")
     module = importlib.util.module_from_spec(spec)
-    with _importable(path.resolve().parent):
-        before = sys.modules.get(path.stem)
-        sys.modules[path.stem] = module  # dataclasses and pickle look their module up
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            if before is None:
-                sys.modules.pop(path.stem, None)
-            else:
-                sys.modules[path.stem] = before
-            raise FactoryFailed(str(path)) from error
+    sys.modules[name] = module  # dataclasses and pickle look their module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        sys.modules.pop(name, None)
+        raise FactoryFailed(f"{path} was imported") from error
     return module
 
 
 def _import_module(name: str) -> types.ModuleType:
-    with _importable(Path.cwd()):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-                raise UnknownObjective(
-                    f"--objective: no module {name!r} from {_here()}. Name the file instead, for example path/to/train.py:objective."
-                ) from error
-            raise FactoryFailed(name) from error
-        except Exception as error:
-            raise FactoryFailed(name) from error
-
-
-@contextlib.contextmanager
-def _importable(directory: Path) -> Generator[None]:
-    """Let a script import its neighbours, as `python script.py` would, for the time of this import."""
-    sys.path.insert(0, str(directory))
     try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(directory))
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise InvalidArgument(
+                f"--objective: no module {name!r} from {_here()}. Name the file instead, for example path/to/train.py:objective."
+            ) from error
+        raise FactoryFailed(f"{name} was imported") from error
+    except (Exception, SystemExit) as error:
+        raise FactoryFailed(f"{name} was imported") from error
 
 
 def _here() -> str:

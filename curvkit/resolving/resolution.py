@@ -12,7 +12,7 @@ from curvkit.losses.kinds import KnownLoss
 from curvkit.models import build
 from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import random_state
-from curvkit.resolving.factories import call_factory, load_factory
+from curvkit.resolving.factories import call_factory, load_factory, neighbours
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +43,17 @@ def resolve(
         The objective, its data drawn; its model has the weights, in the mode in which it was made.
 
     Raises:
+        InvalidArgument: If the reference names nothing, or there are settings without a reference.
         UnknownObjective: If nothing says what to measure, or the weights do not fit the model.
         RefusedCheckpoint: If the weights are integer, NaN or infinite.
         FactoryFailed: If the user's own code raised.
     """
+    if reference is None and settings:
+        raise InvalidArgument(
+            f"--set {next(iter(settings))}=...: there is no function that it could go to. It belongs to --objective FILE.py:FUNCTION."
+        )
     if reference is not None:
-        with random_state():
+        with random_state(), neighbours(reference):
             objective = call_factory(load_factory(reference), settings or {})
         source = f"{reference} (--objective)"
     elif checkpoint.recipe is not None:
@@ -56,7 +61,7 @@ def resolve(
         source = f"recipe in the checkpoint ({checkpoint.recipe.get('builder')}, {checkpoint.recipe.get('loss')})"
     else:
         raise UnknownObjective(_teaching(checkpoint))
-    fit(objective.model, checkpoint.weights, checkpoint.path.name)
+    fit(objective.model, checkpoint.weights, str(checkpoint.path))
     try:
         objective = replace(objective, num_batches=num_batches or objective.num_batches)
         objective.batches  # noqa: B018  drawn now, so that bad data is told from bad options
@@ -72,7 +77,7 @@ def _from_recipe(checkpoint: Checkpoint) -> Objective:
             model = build(recipe.builder, recipe.kwargs)
     except InvalidArgument as error:
         raise UnknownObjective(
-            f"{checkpoint.path.name}: its recipe cannot be used. {error} Or name an objective with --objective FILE.py:FUNCTION."
+            f"{checkpoint.path}: its recipe cannot be used. {error} Or name an objective with --objective FILE.py:FUNCTION."
         ) from error
     return Objective(model, KnownLoss(LOSSES[recipe.loss], recipe.loss_options), recipe.batches())
 

@@ -2,6 +2,15 @@
 
 from curvkit.results.definition import Definition
 from curvkit.results.eigenpairs import Eigenpairs
-from curvkit.results.record import environment, peak_memory, plain, repository, to_json
+from curvkit.results.record import environment, peak_memory, plain, repository, to_json, without_folders
 
-__all__ = ["Definition", "Eigenpairs", "environment", "peak_memory", "plain", "repository", "to_json"]
+__all__ = [
+    "Definition",
+    "Eigenpairs",
+    "environment",
+    "peak_memory",
+    "plain",
+    "repository",
+    "to_json",
+    "without_folders",
+]

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -74,6 +75,28 @@ def repository(path: Path) -> dict[str, Any] | None:
 
     commit = git("rev-parse", "HEAD")
     return None if commit is None else {"commit": commit, "dirty": bool(git("status", "--porcelain"))}
+
+
+def without_folders(text: str) -> str:
+    """Shorten an absolute path, alone or as the value of an option, to its part below the current directory, or else to its name.
+
+    Args:
+        text: A word of a command line, for example "--out=/home/me/runs/a" or "/home/me/train.py:objective".
+
+    Returns:
+        The word; anything but an absolute path stays as it is.
+
+    Example:
+        >>> without_folders("--out=/home/me/runs/a"), without_folders("runs/a"), without_folders("/data/train.py:objective")
+        ('--out=a', 'runs/a', 'train.py:objective')
+    """
+    option = re.match(r"--[\w-]+=|-[a-zA-Z](?=/)", text)
+    head, tail = (option[0], text[option.end() :]) if option else ("", text)
+    path = Path(tail)
+    if not path.is_absolute():
+        return text
+    here = Path.cwd()
+    return head + (str(path.relative_to(here)) if path.is_relative_to(here) else path.name)
 
 
 def to_json(document: Mapping[str, Any]) -> str:

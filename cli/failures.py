@@ -1,0 +1,92 @@
+"""What is said of an exception that is not curvkit's: whose it is, where it was raised, and no frame of ours above the user's."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+import traceback
+from pathlib import Path
+
+import click
+
+import curvkit
+from curvkit.errors import CurvkitError
+
+PACKAGE = Path(curvkit.__file__).resolve().parent
+OWN = (PACKAGE, Path(__file__).resolve().parent)
+INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib"))
+EVALUATION = PACKAGE / "objectives" / "function.py"
+"""Where model and loss are called: what is raised below is theirs, or the data's."""
+FACTORIES = PACKAGE / "resolving" / "factories.py"
+"""Where the user's function is imported and called."""
+EXHAUSTED = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+"""How torch says that memory ran out, on any device."""
+
+
+def say(text: str) -> None:
+    """Write a line to stderr."""
+    click.echo(text, err=True)
+
+
+def show(error: Exception) -> None:
+    """Say what was raised, by whom, and where."""
+    making = type(error).__name__ == "FactoryFailed"  # by name, because its home imports torch
+    cause = error.__cause__ if making and error.__cause__ is not None else error
+    frames = _users_frames(cause)
+    if making and isinstance(cause, CurvkitError):  # curvkit refused what the user's function passed to it
+        place = f" Raised in {Path(frames[0].filename).name}, line {frames[0].lineno}." if frames else ""
+        say(f"Error: {cause}{place}")
+        return
+    if isinstance(cause, OSError) and not frames and cause.strerror:
+        say(f"Error: {cause.filename or 'output'}: {cause.strerror.lower()}.")
+        return
+    if isinstance(cause, MemoryError) or EXHAUSTED.search(str(cause)):
+        say(f"Error: out of memory ({str(cause).strip().partition(chr(10))[0][:200] or type(cause).__name__}).")
+        say("Try --residency streamed, a smaller --memory, fewer --batches, or smaller batches.")
+        return
+    if frames:
+        say("Traceback (most recent call last):")
+        say("".join(traceback.format_list(frames)).rstrip("\n"))
+    *where, last = traceback.format_exception_only(cause)  # a SyntaxError has lines before its last one
+    for line in where:
+        say(line.rstrip("\n"))
+    say(f"Error: {last.rstrip()}")
+    if isinstance(cause, SystemExit):
+        say("Your code ends the program. Put what only a training run should do under: if __name__ == '__main__':")
+    if making:
+        say(f"It was raised while {error}.")
+    elif frames or while_evaluating(cause):
+        say("It was raised by the model, the loss or the data.")
+    else:
+        say("".join(traceback.format_tb(cause.__traceback__)).rstrip("\n"))
+        say("This is not an error that curvkit expects; please report it with the lines above.")
+
+
+def while_evaluating(error: BaseException) -> bool:
+    """Whether model or loss were being called."""
+    return any(_is_evaluation(frame) for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _is_evaluation(frame: traceback.FrameSummary) -> bool:
+    return frame.name == "terms" and Path(frame.filename).resolve() == EVALUATION
+
+
+def _users_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames from the first one of the user's; none of curvkit's at either end."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    first = next((i for i, frame in enumerate(frames) if not _inside(frame, OWN + INSTALLED)), None)
+    if first is None:  # all of it is installed: what was called from the evaluation, or from the factory
+        evaluation = next((i for i, frame in enumerate(frames) if _is_evaluation(frame)), None)
+        made_here = bool(frames) and Path(frames[0].filename).resolve() == FACTORIES
+        first = evaluation if evaluation is not None else (0 if made_here else len(frames))
+        frames = frames[:first] + [frame for frame in frames[first:] if not _inside(frame, OWN)]
+    kept = frames[first:]
+    while kept and _inside(kept[-1], OWN):
+        kept.pop()  # where curvkit refused it
+    return kept
+
+
+def _inside(frame: traceback.FrameSummary, homes: tuple[Path, ...]) -> bool:
+    if frame.filename.startswith("<"):
+        return True
+    return any(Path(frame.filename).resolve().is_relative_to(home) for home in homes)
