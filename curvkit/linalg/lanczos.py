@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from torch import Tensor
 from curvkit import seeds
 from curvkit.errors import CurvkitError, InvalidArgument
 from curvkit.linalg import missed
-from curvkit.linalg.basis import Basis, dot, norm
+from curvkit.linalg.basis import Basis
+from curvkit.linalg.certificate import CONFIDENCE, ROUNDING, certified, partial
 from curvkit.linalg.krylov import (
     Capacity,
     RandomVectors,
@@ -31,140 +31,26 @@ from curvkit.linalg.krylov import (
     wanted,
 )
 from curvkit.linalg.maps import LinearMap
+from curvkit.linalg.settings import Settings, allowed
+from curvkit.linalg.state import SPANNED, LanczosState
 from curvkit.results.eigenpairs import Eigenpairs
 
-ROUNDING = 8.0
-"""The rounding error of a product is taken as ROUNDING eps ||A||; measured for Hessian products in float32: 3.4 eps."""
+__all__ = [
+    "CONFIDENCE",
+    "ROUNDING",
+    "SPANNED",
+    "LanczosState",
+    "Settings",
+    "Which",
+    "allowed",
+    "eigenpairs",
+    "search",
+    "steps",
+    "wanted",
+]
+
 BREAKDOWN = 10.0
 """What is left of a product below BREAKDOWN eps ||T|| is rounding: the space is invariant."""
-SPANNED = 32
-"""Up to this order the whole space is spanned, so that multiplicities are exact."""
-SMALL = 1e-2
-"""Residuals are judged relative to their eigenvalue, but not below SMALL times the largest |eigenvalue|."""
-CONFIDENCE = 0.99
-"""Probability of the claim that no eigenvalue lies beyond the bounds."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is wanted, and what it may cost.
-
-    Raises:
-        InvalidArgument: If a value is out of range whatever the matrix is.
-    """
-
-    num: int = 1
-    """How many eigenvalues, k."""
-    which: Which = "largest"
-    """"largest", "smallest" (both algebraic), "both" ends, or largest "magnitude"."""
-    tolerance: float = 1e-3
-    """Of the residuals, relative to their eigenvalues, see `allowed`."""
-    block_size: int = 1
-    """Vectors per step, b; multiplicities up to b can be seen."""
-    max_products: int = 500
-    """Products in all, the k of the certificate included."""
-    max_seconds: float | None = None
-    """After this time the certificate is made from what is there; None: no limit."""
-    max_rows: int | None = None
-    """Most vectors of length n that may be held at once, working vectors included; None: no limit."""
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.which not in get_args(Which):
-            raise InvalidArgument(
-                f"lanczos: which={self.which!r} is not one of {', '.join(get_args(Which))}. For sharpness use 'largest'."
-            )
-        if self.num < 1 or self.block_size < 1:
-            raise InvalidArgument(
-                f"lanczos: num={self.num!r} and block_size={self.block_size!r} must be at least 1. Both are 1 by default."
-            )
-        if not 0.0 < self.tolerance < 1.0:
-            raise InvalidArgument(
-                f"lanczos: tolerance={self.tolerance!r} must lie in (0, 1). It is relative to the eigenvalue; the default is 1e-3."
-            )
-        if self.max_products < self.num + self.block_size:
-            raise InvalidArgument(
-                f"lanczos: max_products={self.max_products!r} is too few: one step takes {self.block_size} and the residuals "
-                f"{self.num}. Allow at least {self.num + self.block_size}; a few dozen is usual."
-            )
-        if self.max_seconds is not None and not self.max_seconds > 0.0:
-            raise InvalidArgument(f"lanczos: max_seconds={self.max_seconds!r} must be positive, or None for no limit.")
-
-
-@dataclass(frozen=True, eq=False)
-class LanczosState:
-    """What is known after some products: Ritz values, with the recurrence's estimates of their residuals.
-
-    The numbers stay; the vectors can be computed until the next state is asked for, because a restart gives up the basis.
-    """
-
-    values: Tensor
-    """[k] float64, descending: the wanted Ritz values; fewer than asked for while the basis is smaller."""
-    residuals: Tensor
-    """[k] float64: estimates, exact in exact arithmetic."""
-    highest: float
-    """Largest Ritz value so far, wanted or not."""
-    lowest: float
-    """Smallest Ritz value so far."""
-    products: int
-    steps: int
-    """Blocks multiplied since the beginning."""
-    restarts: int
-    spanned: bool
-    """True: the basis spans R^n, so nothing can be missing."""
-    chain: missed.Chain | None
-    """The run from the start vector up to the first restart or breakdown, for the bounds; None for blocks."""
-    basis: Basis
-    weights: Tensor
-    """[m, k] float64: the Ritz vectors in terms of the basis."""
-
-    @property
-    def scale(self) -> float:
-        """Largest |Ritz value| so far: the estimate of ||A||."""
-        return max(abs(self.highest), abs(self.lowest))
-
-    def vectors(self) -> Tensor:
-        """Compute the Ritz vectors.
-
-        Returns:
-            [k, n], one unit vector per row.
-
-        Cost: m k n multiplications; k n numbers.
-        """
-        rows = self.basis.combine(self.weights, self.weights.shape[0])
-        return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-
-    def settled(self, num: int, tolerance: float) -> bool:
-        """Whether `num` values are there and their estimated residuals are small enough.
-
-        Args:
-            num: How many were asked for.
-            tolerance: See `allowed`.
-
-        Returns:
-            False, too, before four steps and three vectors more than `num`: a start that happens to lie close to an invariant
-            subspace must not end the search. Up to n = 32 the whole space is spanned first.
-        """
-        enough = self.steps >= 4 and self.weights.shape[0] >= num + 3 and self.basis.n > SPANNED
-        return (self.spanned or enough) and bool((self.residuals <= allowed(self.values, self.scale, tolerance)).all())
-
-
-def allowed(values: Tensor, scale: float, tolerance: float) -> Tensor:
-    """The largest residual with which an eigenvalue counts as converged.
-
-    Args:
-        values: [k] eigenvalues.
-        scale: The largest |eigenvalue| of the matrix.
-        tolerance: Relative.
-
-    Returns:
-        [k]: tolerance * max(|value|, scale / 100); without the second, an eigenvalue of zero could never converge.
-
-    Example:
-        >>> allowed(torch.tensor([10.0, 0.0]), 10.0, 1e-3).tolist()
-        [0.009999999776482582, 9.999999747378752e-05]
-    """
-    return tolerance * values.abs().clamp(min=SMALL * scale)
 
 
 def steps(
@@ -282,12 +168,12 @@ def search(
         )
     began, spent, aim = time.monotonic(), 0, settings.tolerance
     for state in steps(A, settings, start=start, seed=seed):
-        partial = _partial(A, state, settings, spent)
-        yield partial
-        last = state.spanned or partial.products + settings.block_size + settings.num > settings.max_products
+        estimate = partial(A, state, settings, spent)
+        yield estimate
+        last = state.spanned or estimate.products + settings.block_size + settings.num > settings.max_products
         last = last or (settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds)
         if last or state.settled(settings.num, aim):
-            pairs = _certified(A, state, partial)
+            pairs = certified(A, state, estimate)
             spent, aim = spent + settings.num, aim / 4
             if (
                 last
@@ -329,56 +215,6 @@ def eigenpairs(
     """
     *_, last = search(A, Settings(num=num, **options), start=start, seed=seed)
     return last
-
-
-def _partial(A: LinearMap, state: LanczosState, settings: Settings, spent: int) -> Eigenpairs:
-    """What a state says, its residuals being estimates."""
-    rounding = ROUNDING * torch.finfo(A.dtype).eps * state.scale
-    if state.spanned:
-        upper, lower, confidence = state.highest + rounding, state.lowest - rounding, 1.0
-    elif state.chain:
-        upper, lower = missed.upper_bound(state.chain, CONFIDENCE), missed.lower_bound(state.chain, CONFIDENCE)
-        confidence = CONFIDENCE
-    else:
-        upper, lower, confidence = None, None, None
-    return Eigenpairs(
-        values=state.values,
-        residuals=state.residuals,
-        converged=state.residuals <= allowed(state.values, state.scale, settings.tolerance),
-        vectors=None,
-        recomputed=False,
-        which=settings.which,
-        tolerance=settings.tolerance,
-        scale=state.scale,
-        rounding=rounding,
-        products=state.products + spent,
-        upper_bound=upper,
-        lower_bound=lower,
-        confidence=confidence,
-        multiplicities_below=A.n + 1 if state.spanned else settings.block_size,
-    )
-
-
-def _certified(A: LinearMap, state: LanczosState, partial: Eigenpairs) -> Eigenpairs:
-    """The same with Rayleigh quotients and residuals from one true product per vector."""
-    rows = state.vectors()  # [k, n]
-    products = A.matmat(rows.T).T if len(rows) > 1 else A.matvec(rows[0])[None]
-    values = torch.tensor([dot(v, Av) / dot(v, v) for v, Av in zip(rows, products, strict=True)], dtype=torch.float64)
-    residuals = torch.tensor(
-        [norm(Av - theta * v) / norm(v) for v, Av, theta in zip(rows, products, values.tolist(), strict=True)],
-        dtype=torch.float64,
-    )
-    order = values.argsort(descending=True)
-    return replace(
-        partial,
-        values=values[order],
-        residuals=residuals[order],
-        converged=residuals[order]
-        <= allowed(values[order], state.scale, partial.tolerance).clamp(min=partial.rounding),
-        vectors=rows[order].T,
-        recomputed=True,
-        products=partial.products + len(rows),
-    )
 
 
 def _check_fit(A: LinearMap, settings: Settings, start: Tensor | None) -> None:

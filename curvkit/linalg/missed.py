@@ -88,7 +88,7 @@ def lower_bound(chain: Chain, confidence: float) -> float | None:
     mirrored = upper_bound(
         Chain(-chain.ritz, chain.betas, chain.random_share, chain.n, chain.product_error), confidence
     )
-    return None if mirrored is None else -mirrored
+    return None if mirrored is None else 0.0 - mirrored
 
 
 def tridiagonal_chain(T: Tensor, last_beta: float, *, random_share: float, n: int, product_error: float) -> Chain:

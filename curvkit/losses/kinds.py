@@ -68,7 +68,7 @@ class BatchLoss:
     Example:
         >>> def squared_norm(model, batch):
         ...     return model(batch).square().sum(), len(batch)
-        >>> BatchLoss(squared_norm).name
+        >>> as_loss(BatchLoss(squared_norm)).name
         'squared_norm'
     """
 
