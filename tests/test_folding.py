@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvkit.models import ResNet
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian
-from curvkit.operators.folding import FoldBatchNorm, folded_batch_norm
+from curvkit.operators.folding import FoldBatchNorm
 
 # float64 rounding, 2.2e-16, over a few layers and sums of a few hundred terms.
 EXACT = 1e-12
@@ -74,7 +74,7 @@ def test_folded_output_and_number(name: str):
     """Law: the same function; and only what follows a linear map untouched is folded."""
     make, shape, expected = CASES[name]
     model, x = _shaken(make()), _draw(*shape, seed=9)
-    with FoldBatchNorm() as folding:
+    with FoldBatchNorm(model) as folding:
         folded = model(x)
     assert folding.folded == expected
     torch.testing.assert_close(folded, model(x), rtol=EXACT, atol=EXACT)
@@ -100,7 +100,7 @@ def test_product_equals_dense_autograd_of_the_unfolded_model(name: str):
 def test_every_normalisation_of_a_resnet_is_folded():
     """Law: one fold per BatchNorm layer, and the same logits."""
     model, x = _shaken(ResNet(depth=8, width=3)), _draw(2, 3, 8, 8)
-    with FoldBatchNorm() as folding:
+    with FoldBatchNorm(model) as folding:
         folded = model(x)
     assert folding.folded == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     torch.testing.assert_close(folded, model(x), rtol=EXACT, atol=EXACT)
@@ -115,7 +115,7 @@ def test_a_hooked_or_kept_output_is_not_folded():
         output.register_hook(seen.append)
 
     model[0].register_forward_hook(watch)
-    with FoldBatchNorm() as folding:
+    with FoldBatchNorm(model) as folding:
         model(x).sum().backward()
     assert folding.folded == 0
     assert len(seen) == 1
@@ -124,12 +124,27 @@ def test_a_hooked_or_kept_output_is_not_folded():
 def test_batch_statistics_are_not_folded():
     """Law: training mode normalises by the batch; that is another function."""
     model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double(), _draw(5, 3)
-    with FoldBatchNorm() as folding:
+    with FoldBatchNorm(model) as folding:
         model(x)
     assert folding.folded == 0
 
 
+def test_the_layers_get_their_own_forward_back():
+    """Law: also when the forward pass raises, and without touching layers that somebody has patched."""
+    model, x = _shaken(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))), _draw(5, 3)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), FoldBatchNorm(model):
+        model(x[:, :2])
+    assert not any("forward" in vars(module) for module in model.modules())
+    own = model[0].forward
+    model[0].forward = own
+    with FoldBatchNorm(model) as folding:
+        model(x)
+    assert folding.folded == 0
+    assert model[0].forward is own
+
+
 def test_models_without_batch_norm_are_left_alone():
-    """Law: no mode is entered where there is nothing to fold."""
-    assert not isinstance(folded_batch_norm(nn.Linear(2, 2)), FoldBatchNorm)
-    assert isinstance(folded_batch_norm(nn.BatchNorm1d(2)), FoldBatchNorm)
+    """Law: nothing is replaced where there is nothing to fold."""
+    model = nn.Linear(2, 2)
+    with FoldBatchNorm(model):
+        assert "forward" not in vars(model)

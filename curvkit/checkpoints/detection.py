@@ -66,11 +66,12 @@ def detect(path: Path) -> Detected:
 
 
 def _zip_kind(path: Path) -> Kind:
-    if not zipfile.is_zipfile(path):
-        raise RefusedCheckpoint(
-            f"{path}: the archive is cut short or still being written. Wait until it is complete, or take an earlier checkpoint."
-        )
     try:
+        if not zipfile.is_zipfile(path):
+            raise RefusedCheckpoint(
+                f"{path}: the archive is cut short or still being written. "
+                "Wait until it is complete, or take an earlier checkpoint."
+            )
         with zipfile.ZipFile(path) as archive:
             names = {name.split("/", 1)[-1] for name in archive.namelist()}
     except UNREADABLE as error:

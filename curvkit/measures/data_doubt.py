@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -17,8 +17,8 @@ from curvkit.operators import Hessian
 
 MAX_PARTS = 8
 """A single batch is cut into this many parts at most."""
-HALF_TOLERANCE = 3e-2
-"""Residual to which the top eigenvector of one half is found; any vector gives a valid held-out quotient."""
+HALF_SEARCH = lanczos.Settings(tolerance=3e-2, max_products=60)
+"""How well the top eigenvector of one half is found; any vector gives a valid held-out quotient."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def spread(operator: Hessian, v: Tensor) -> Spread | None:
 
 
 def halves(
-    objective: Objective, in_sample: float, *, seed: int, budget_bytes: int | None, max_seconds: float | None = None
+    objective: Objective, in_sample: float, *, seed: int, limits: lanczos.Settings, budget_bytes: int | None
 ) -> Iterator[Halves | None]:
     """Find the top eigenvector of each half and its quotient on the other.
 
@@ -103,8 +103,8 @@ def halves(
         objective: All the data.
         in_sample: Its largest eigenvalue.
         seed: Of the start vectors.
+        limits: Its `max_seconds` and `max_rows` hold for the search on one half.
         budget_bytes: Memory for the graphs of one half.
-        max_seconds: For the search on one half; None: no limit.
 
     Yields:
         None after each product, and last the bracket; nothing at all if the data cannot be divided.
@@ -115,7 +115,7 @@ def halves(
     if len(parts) < 2:
         return
     tops: list[Tensor] = []
-    settings = lanczos.Settings(tolerance=HALF_TOLERANCE, max_products=60, max_seconds=max_seconds)
+    settings = replace(HALF_SEARCH, max_seconds=limits.max_seconds, max_rows=limits.max_rows)
     for index, part in enumerate(parts):
         try:
             operator = Hessian(part, residency="auto", budget_bytes=budget_bytes)

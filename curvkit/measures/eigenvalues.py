@@ -86,7 +86,12 @@ def sharpness_steps(
     if result is None or result.eigenpairs.vectors is None:
         return
     if settings.data_doubt:
-        for doubted in _with_data_doubt(result, operator, settings):
+        measured = spread(operator, result.eigenpairs.vectors[:, result.leading])
+        result = replace(result, spread=measured, stage="spread", products=result.products + (measured is not None))
+        yield replace(result, seconds=time.perf_counter() - began)
+        objective = operator.objective
+        del operator  # and with it the graphs of all the data, before those of a half are made
+        for doubted in _with_halves(result, objective, replace(settings, search=search)):
             result = replace(doubted, seconds=time.perf_counter() - began)
             yield result
     yield replace(result, stage="complete", seconds=time.perf_counter() - began)
@@ -142,27 +147,15 @@ def sharpness(
     return last
 
 
-def _with_data_doubt(result: Sharpness, operator: Hessian, settings: SharpnessSettings) -> Iterator[Sharpness]:
-    vectors = result.eigenpairs.vectors
-    if vectors is None:
-        return
-    measured = spread(operator, vectors[:, result.leading])
-    result = replace(result, spread=measured, stage="spread", products=result.products + (measured is not None))
-    yield result
-    largest, which = result.eigenpairs.values[0].item(), result.eigenpairs.which
+def _with_halves(result: Sharpness, objective: Objective, settings: SharpnessSettings) -> Iterator[Sharpness]:
+    largest, which, before = result.eigenpairs.values[0].item(), result.eigenpairs.which, result.products
     if which == "smallest" or (which == "magnitude" and largest <= 0.0):
         return  # lambda_max is not among the values, and the bracket is one of lambda_max
-    before = result.products
     brackets = halves(
-        operator.objective,
-        largest,
-        seed=result.seed,
-        budget_bytes=_graph_budget(settings),
-        max_seconds=settings.search.max_seconds,
+        objective, largest, seed=result.seed, limits=settings.search, budget_bytes=_graph_budget(settings)
     )
     for count, bracket in enumerate(brackets, start=1):
-        result = replace(result, halves=bracket, stage="halves", products=before + (count + 1) // 2)
-        yield result
+        yield replace(result, halves=bracket, stage="halves", products=before + (count + 1) // 2)
 
 
 def _graph_budget(settings: SharpnessSettings) -> int | None:

@@ -6,16 +6,16 @@ import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  the common base of all BatchNorm layers
-from torch.overrides import TorchFunctionMode
 
-LINEAR_MAPS: tuple[Callable[..., Tensor], ...] = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-"""Maps whose output channels are the first dimension of the weight."""
+LINEAR_MAPS: dict[type[nn.Module], int] = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
+"""Layers whose output channels are the first dimension of the weight, with the dimensions of an input that has them in dimension 1."""
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -24,107 +24,81 @@ class _Call:
 
     output: weakref.ReferenceType[Tensor]
     version: int
-    function: Callable[..., Tensor]
-    inputs: Tensor
+    layer: Any
+    input: Tensor
     weight: Tensor
     bias: Tensor | None
-    rest: tuple[Any, ...]
-    named: dict[str, Any]
 
 
-def folded_batch_norm(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Fold where there is something to fold.
-
-    Args:
-        model: Looked through for BatchNorm layers.
-
-    Returns:
-        `FoldBatchNorm()`, or a context that does nothing.
-    """
-    return FoldBatchNorm() if any(isinstance(m, _BatchNorm) for m in model.modules()) else contextlib.nullcontext()
-
-
-class FoldBatchNorm(TorchFunctionMode):
-    """While active, batch_norm in evaluation mode after a linear map is computed as one linear map with scaled weights.
+class FoldBatchNorm(contextlib.AbstractContextManager["FoldBatchNorm"]):
+    """While active, BatchNorm in evaluation mode after a linear map is computed as one linear map with scaled weights.
 
         a = gamma / sqrt(var + eps),    BN(W x + b) = (a W) x + a b + beta - a mean
 
     The same function of all its parameters, hence with the same derivatives up to rounding, but what depends on a is as small as the
     weights instead of as large as the activations: the second derivative of batch_norm takes a third of a product with ResNet-20. The
-    linear layer is computed a second time in the forward pass. Where the input of batch_norm is not the untouched output of a linear map,
-    nothing is changed.
+    linear layer is computed a second time in the forward pass. Where the input of BatchNorm is not the untouched output of a linear map,
+    or a layer is of a class of its own or patched, nothing is changed.
+
+    The layers' `forward` is replaced while this is active; it must be active for every forward pass that belongs to one graph, those
+    that activation checkpointing repeats during the backward pass included. A mode that intercepts torch's functions would be
+    shorter, but under such a mode `torch.nn.functional.l1_loss` forgets its weight (torch 2.13).
+
+    Args:
+        model: Its layers are looked through.
 
     Cost: one more forward pass through the folded layers, once per graph.
 
     Example:
-        >>> conv, norm, x = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4).eval(), torch.randn(2, 3, 8, 8)
-        >>> with FoldBatchNorm() as folding:
-        ...     y = norm(conv(x))
-        >>> folding.folded, torch.allclose(y, norm(conv(x)), atol=1e-6)
+        >>> model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(2, 3, 8, 8)
+        >>> with FoldBatchNorm(model) as folding:
+        ...     y = model(x)
+        >>> folding.folded, torch.allclose(y, model(x), atol=1e-6)
         (1, True)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.folded = 0
         """How many normalisations were folded."""
         self._calls: dict[int, _Call] = {}
+        own: list[Any] = [module for module in model.modules() if "forward" not in vars(module)]
+        self._norms = [module for module in own if type(module) in NORMS and module.running_mean is not None]
+        self._maps = [module for module in own if type(module) in LINEAR_MAPS] if self._norms else []
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Remember linear maps; replace batch_norm where it follows one."""
-        named = kwargs or {}
-        if func in LINEAR_MAPS:
-            output = func(*args, **named)
-            self._remember(func, args, named, output)
-            return output
-        if func is F.batch_norm:
-            folded = self._fold(*args, **named)
-            if folded is not None:
-                self.folded += 1
-                return folded
-        return func(*args, **named)
+    def __enter__(self) -> FoldBatchNorm:
+        """Replace the layers' forward methods."""
+        for layer in self._maps:
+            layer.forward = partial(self._remember, layer, layer.forward)
+        for norm in self._norms:
+            norm.forward = partial(self._normalise, norm, norm.forward)
+        return self
 
-    def _remember(
-        self, function: Callable[..., Tensor], args: tuple[Any, ...], named: dict[str, Any], output: Tensor
-    ) -> None:
-        values = dict(zip(("input", "weight", "bias"), args[:3], strict=False))
-        values.update({key: named[key] for key in ("input", "weight", "bias") if key in named})
-        rest = {key: value for key, value in named.items() if key not in values}
-        if "input" in values and "weight" in values:
-            self._calls[id(output)] = _Call(
-                weakref.ref(output),
-                output._version,
-                function,
-                values["input"],
-                values["weight"],
-                values.get("bias"),
-                args[3:],
-                rest,
-            )
+    def __exit__(self, *exception: object) -> None:
+        """Give the layers their own forward methods back."""
+        for module in (*self._maps, *self._norms):
+            del module.forward
+        self._calls.clear()
 
-    def _fold(
-        self,
-        input: Tensor,  # the names are those of torch.nn.functional.batch_norm
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor | None:
+    def _remember(self, layer: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
+        output = forward(input)
+        if input.ndim == LINEAR_MAPS[type(layer)]:
+            kept = _Call(weakref.ref(output), output._version, layer, input, layer.weight, layer.bias)
+            self._calls[id(output)] = kept
+        return output
+
+    def _normalise(self, norm: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
         call = self._calls.pop(id(input), None)
-        if training or running_mean is None or running_var is None or call is None:
-            return None
-        touched = input._version != call.version or bool(input._backward_hooks) or input.retains_grad
-        channels_last = call.function is F.linear and input.ndim != 2  # batch_norm normalises dimension 1
-        if call.output() is not input or touched or channels_last:
-            return None
-        a = torch.rsqrt(running_var + eps)
-        a = a if weight is None else a * weight
-        offset = -running_mean if call.bias is None else call.bias - running_mean
-        offset = a * offset if bias is None else bias + a * offset
+        if call is None or call.output() is not input or norm.training or norm.num_features != input.shape[1]:
+            return forward(input)
+        if input._version != call.version or input._backward_hooks or input.retains_grad:
+            return forward(input)
+        self.folded += 1
+        a = torch.rsqrt(norm.running_var + norm.eps)
+        a = a if norm.weight is None else a * norm.weight
+        offset = -norm.running_mean if call.bias is None else call.bias - norm.running_mean
+        offset = a * offset if norm.bias is None else norm.bias + a * offset
         scaled = call.weight * a.reshape(-1, *([1] * (call.weight.ndim - 1)))
-        return call.function(call.inputs, scaled, offset, *call.rest, **call.named)
+        if isinstance(call.layer, nn.Linear):
+            return F.linear(call.input, scaled, offset)
+        return call.layer._conv_forward(call.input, scaled, offset)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import re
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from curvkit.errors import CurvkitError
+from curvkit.errors import CurvkitError, UnsupportedModel
 from curvkit.objectives import Objective
-from curvkit.operators.folding import folded_batch_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,18 +39,19 @@ class GradientGraph:
 
         Raises:
             CurvkitError: If the loss is NaN or infinite, naming the first bad parameter or the batch.
+            UnsupportedModel: If torch has no derivative of an operation.
 
         Cost: about 1.3 gradients; memory about 2.6 times a gradient's.
         """
         parameters = objective.tensors
-        with folded_batch_norm(objective.model):
-            terms = objective.terms(index)
+        terms = objective.terms(index)
         total = terms.total.item()
         if not torch.isfinite(terms.total):
             raise CurvkitError(_not_finite(objective, index if number is None else number, total))
         if not terms.total.requires_grad:
             return cls(parameters, tuple(None for _ in parameters), total, terms.weight, terms.count)
-        gradient = torch.autograd.grad(terms.total, parameters, create_graph=True, allow_unused=True)
+        with _explained():
+            gradient = torch.autograd.grad(terms.total, parameters, create_graph=True, allow_unused=True)
         return cls(parameters, gradient, total, terms.weight, terms.count)
 
 
@@ -76,7 +78,9 @@ def product(graphs: Sequence[GradientGraph], pieces: Sequence[Tensor], *, keep: 
                 directions.append(v)
     if not outputs:
         return [None] * len(pieces)
-    return list(torch.autograd.grad(outputs, graphs[0].parameters, directions, retain_graph=keep, allow_unused=True))
+    parameters = graphs[0].parameters
+    with _explained():
+        return list(torch.autograd.grad(outputs, parameters, directions, retain_graph=keep, allow_unused=True))
 
 
 def flat_gradient(graph: GradientGraph) -> list[Tensor]:
@@ -93,11 +97,44 @@ def flat_gradient(graph: GradientGraph) -> list[Tensor]:
     ]
 
 
-def _not_finite(objective: Objective, index: int, value: float) -> str:
-    for name, tensor in objective.model.named_parameters():
+def refuse_not_finite(objective: Objective) -> None:
+    """Refuse parameters of the space that are NaN or infinite, also where the loss does not show it.
+
+    Args:
+        objective: Its parameters are looked through.
+
+    Raises:
+        CurvkitError: Naming the first one.
+    """
+    for name, tensor in zip(objective.parameters.names, objective.tensors, strict=True):
         if not bool(torch.isfinite(tensor).all()):
+            raise CurvkitError(
+                f"Hessian: the parameter {name!r} has NaN or infinite entries: the checkpoint is of a diverged run. Take an earlier one."
+            )
+
+
+@contextlib.contextmanager
+def _explained() -> Generator[None]:
+    """Say which operation has no derivative, and what can be done."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        found = re.search(r"derivative for '?(?:aten::)?(\w+?)'? is not implemented", str(error))
+        if found is None:
+            raise
+        operation = found[1].removesuffix("_backward").strip("_")
+        raise UnsupportedModel(
+            f"Hessian: torch {torch.__version__} has no second derivative of {operation}, which the model or the loss uses. "
+            "Replace that operation by one that has, or leave the parameters before it out by patterns."
+        ) from error
+
+
+def _not_finite(objective: Objective, index: int, value: float) -> str:
+    named = [("parameter", *pair) for pair in objective.model.named_parameters()]
+    for kind, name, tensor in [*named, *(("buffer", *pair) for pair in objective.model.named_buffers())]:
+        if not bool(torch.isfinite(tensor).all() if kind == "parameter" else not torch.isnan(tensor).any()):
             return (
-                f"Hessian: the loss of batch {index} is {value}, and the parameter {name!r} has NaN or infinite entries: the "
+                f"Hessian: the loss of batch {index} is {value}, and the {kind} {name!r} has NaN or infinite entries: the "
                 "checkpoint is of a diverged run. Take an earlier one."
             )
     return (

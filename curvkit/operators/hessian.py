@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Literal, NoReturn
 
 import torch
@@ -14,10 +15,16 @@ from curvkit.linalg.basis import dot
 from curvkit.losses import KnownLoss
 from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import exact_arithmetic
-from curvkit.operators.graph import GradientGraph, flat_gradient, product
+from curvkit.operators.changes import changed, fingerprint
+from curvkit.operators.folding import FoldBatchNorm
+from curvkit.operators.graph import GradientGraph, flat_gradient, product, refuse_not_finite
 from curvkit.operators.plan import Plan, Residency, choose
 from curvkit.parameters import ParameterSpace
 
+REPEATED = 16.0
+"""Two evaluations of the same loss may differ by so many eps, relatively; on the CPU they have the same bits."""
+AVERAGED = 1e3
+"""The same for a mean computed in two ways."""
 MANY_BATCHES = 1000
 """From here on sums over batches are accumulated in float64."""
 
@@ -69,16 +76,17 @@ class Hessian:
         self.objective = objective
         self.space: ParameterSpace = objective.parameters
         self.n, self.dtype, self.device = self.space.n, objective.dtype, objective.device
+        refuse_not_finite(objective)
         self.plan: Plan = choose(objective, residency=residency, budget_bytes=budget_bytes)
         self._parts, self._owners = objective.cut(self.plan.micro_batches)
         self.products = 0
         """Products computed so far, in passes over the data."""
-        self._fingerprint = _fingerprint(objective)
+        self._fingerprint = fingerprint(objective.model)
         self._retained: list[GradientGraph] | None = None
-        gradient = torch.zeros(self.n, dtype=self._sum_dtype, device=self.device)
         totals, weights, counts, used = [], [], [], [False] * len(self.space.entries)
-        with objective.measuring():
+        with self._measuring():
             self._refuse_doubtful_loss()
+            gradient = torch.zeros(self.n, dtype=self._sum_dtype, device=self.device)
             graphs = []
             for graph in self._build():
                 totals.append(graph.total)
@@ -95,6 +103,7 @@ class Hessian:
             )
         if self.plan.residency == "retained":
             self._retained = graphs
+        self._totals = totals
         self.terms = None if None in counts else sum(counts)
         """Number of loss terms in all, or None where the loss does not say."""
         self._denominator = objective.denominator(weights)
@@ -140,13 +149,16 @@ class Hessian:
         self._check(V)
         pieces = [list(self.space.split(v)) for v in V.unbind(1)]
         if self._retained is not None and len(self._retained) < MANY_BATCHES:
-            with exact_arithmetic(self.objective.model):  # no forward pass: nothing else could be disturbed
+            # No forward pass, unless activation checkpointing repeats one: nothing else could be disturbed.
+            with exact_arithmetic(self.objective.model), FoldBatchNorm(self.objective.model):
                 rows = [self._flat(product(self._retained, v, keep=True)) for v in pieces]
         else:
-            with self.objective.measuring():
+            with self._measuring():
                 rows = self._summed(pieces)
         self.products += V.shape[1]
         rows = [row.div_(self._denominator).to(self.dtype) for row in rows]
+        if not rows:
+            return torch.zeros_like(V)
         return rows[0][:, None] if len(rows) == 1 else torch.stack(rows, dim=1)
 
     def batch_quotients(self, v: Tensor) -> tuple[list[float], list[float]]:
@@ -167,7 +179,7 @@ class Hessian:
         self._check(v[:, None])
         pieces, is_sum = list(self.space.split(v)), self.objective.loss.reduction == "sum"
         sums, weights = [0.0] * len(self.objective.batches), [0.0] * len(self.objective.batches)
-        with self.objective.measuring():
+        with self._measuring():
             for owner, graph in zip(self._owners, self._graphs(), strict=True):
                 row = torch.zeros(self.n, dtype=self.dtype, device=self.device)
                 self._add(row, product([graph], pieces, keep=self._retained is not None))
@@ -191,8 +203,16 @@ class Hessian:
         """The graphs of all batches, retained or built one after the other."""
         if self._retained is not None:
             yield from self._retained
-        else:
-            yield from self._build()
+            return
+        for graph, total, owner in zip(self._build(), self._totals, self._owners, strict=True):
+            if _differ(graph.total, total, REPEATED * torch.finfo(self.dtype).eps):
+                _refuse_random(owner)
+            yield graph
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Generator[None]:
+        with self.objective.measuring(), FoldBatchNorm(self.objective.model):
+            yield
 
     def _summed(self, pieces: list[list[Tensor]]) -> list[Tensor]:
         """Products batch by batch: a streamed graph is used for all vectors and freed."""
@@ -215,35 +235,29 @@ class Hessian:
         )
 
     def _refuse_doubtful_loss(self) -> None:
-        """Evaluate the first batch twice, the second time by the user's own mean where the loss is known."""
-        objective, loss = self.objective, self.objective.loss
+        """Evaluate the first batch twice, and once by the user's own mean where the loss is known."""
+        objective, loss, eps = self.objective, self.objective.loss, torch.finfo(self.dtype).eps
         with torch.no_grad():
-            first = objective.terms(0)
-            if isinstance(loss, KnownLoss) and (first.weight > 0.0 or loss.reduction == "sum"):
-                expected = first.total.item() / (first.weight if loss.reduction == "mean" else 1.0)
-                second = loss.own_value(objective.model, objective.batches[0])
-            else:
-                expected, second = first.total.item(), objective.terms(0).total.item()
-            if not _differ(expected, second, self.dtype):
+            first, second = objective.terms(0), objective.terms(0).total.item()
+            if _differ(first.total.item(), second, REPEATED * eps):
+                _refuse_random(0)
+            if not isinstance(loss, KnownLoss) or (loss.reduction == "mean" and not first.weight > 0.0):
                 return
-            if _differ(first.total.item(), objective.terms(0).total.item(), self.dtype):
-                raise UnsupportedModel(
-                    "Hessian: the loss of the same batch differs from one evaluation to the next: the model or the loss is random, or "
-                    "keeps state. Call model.eval(); if it samples on purpose, draw the sample outside of the loss."
-                )
-        raise UnsupportedModel(
-            f"Hessian: {loss.name} returns {second:.8g} on the first batch, but its terms add up to {expected:.8g}: this version of torch "
-            "averages it in another way than curvkit knows. Return (sum, count) from a curvkit.BatchLoss instead."
-        )
+            expected = first.total.item() / (first.weight if loss.reduction == "mean" else 1.0)
+            own = loss.own_value(objective.model, objective.batches[0])
+        if _differ(expected, own, AVERAGED * eps):
+            raise UnsupportedModel(
+                f"Hessian: {loss.name} returns {own:.8g} on the first batch, but its terms add up to {expected:.8g}: this version of torch "
+                "averages it in another way than curvkit knows. Return (sum, count) from a curvkit.BatchLoss instead."
+            )
 
     def _check(self, V: Tensor) -> None:
         if V.ndim != 2 or V.shape[0] != self.n or V.device != self.device or V.dtype != self.dtype:
             self._refuse(V)
-        if self._fingerprint != _fingerprint(self.objective):
-            before, now = self._fingerprint, _fingerprint(self.objective)
-            name = next(n for n, a, b in zip(self.space.names, before, now, strict=True) if a != b)
+        name = changed(self._fingerprint, fingerprint(self.objective.model))
+        if name is not None:
             raise InvalidArgument(
-                f"Hessian: the parameter {name!r} has changed since this operator was made, so that its products would mix two points. "
+                f"Hessian: the {name} has changed since this operator was made, so that its products would mix two points. "
                 "Make a new Hessian(objective) for the new parameters."
             )
 
@@ -254,12 +268,13 @@ class Hessian:
         )
 
 
-def _differ(a: float, b: float, dtype: torch.dtype) -> bool:
+def _differ(a: float, b: float, tolerance: float) -> bool:
     """Whether two values of the same loss differ by more than rounding; the check of NaN comes later and names the culprit."""
-    return math.isfinite(a + b) and abs(a - b) > 1e3 * torch.finfo(dtype).eps * max(abs(a), abs(b))
+    return math.isfinite(a + b) and abs(a - b) > tolerance * max(abs(a), abs(b))
 
 
-def _fingerprint(objective: Objective) -> list[tuple[int, int, float]]:
-    """Address, version and length of each parameter; a write through `.data` moves no version, but the length."""
-    with torch.no_grad():
-        return [(t.data_ptr(), t._version, torch.linalg.vector_norm(t).item()) for t in objective.tensors]
+def _refuse_random(batch: int) -> NoReturn:
+    raise UnsupportedModel(
+        f"Hessian: the loss of batch {batch} differs from one evaluation to the next: the model or the loss is random, or keeps state. "
+        "Call model.eval(); if it samples on purpose, draw the sample outside of the loss."
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvkit import seeds
 from curvkit.errors import InvalidArgument
-from curvkit.losses.batches import Batch, rows, tensors
+from curvkit.linalg.basis import norm
+from curvkit.losses.batches import Batch, map_tensors, rows, tensors
 from curvkit.objectives import Objective
-from curvkit.operators.folding import folded_batch_norm
+from curvkit.operators.folding import FoldBatchNorm
+from curvkit.operators.graph import GradientGraph, product
 
 Residency = Literal["retained", "streamed"]
 
@@ -24,6 +28,12 @@ BUDGET_FRACTION = 0.5
 
 PROBE_SHARE = 8
 """The memory of a graph is measured on one in so many rows of the first batch, where the batch can be cut."""
+
+
+VALUE_ROUNDING = 64.0
+"""A sum of losses in two parts may differ by so many eps, relatively."""
+CURVATURE_ROUNDING = 1e4
+"""The same for a product with a random vector, which may be much smaller than ||H||."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,8 @@ def choose(
     Raises:
         InvalidArgument: If `residency` is unknown or the budget is not positive.
 
-    Cost: a fraction of a gradient; about 1.5 gradients of the first batch if that cannot be cut.
+    Cost: about one gradient of the first batch, and if batches are cut one forward pass over the data; memory of less than the graph
+        of the first batch, or of all of it if that cannot be cut.
     """
     if residency not in (*get_args(Residency), "auto"):
         raise InvalidArgument(
@@ -80,7 +91,8 @@ def choose(
             f"Hessian: budget_bytes={budget_bytes!r} must be positive. Pass the bytes that graphs may take."
         )
     budget = budget_bytes if budget_bytes is not None else int(BUDGET_FRACTION * free_memory(objective.device))
-    probe = objective.cut(PROBE_SHARE)[0]
+    divisible = _rows_are_independent(objective, objective.batches[:1])
+    probe = objective.cut(PROBE_SHARE)[0] if divisible else objective
     scale = 1 / _share(probe.batches[0], objective.batches[0])
     largest = max(_share(batch, objective.batches[0]) for batch in objective.batches) * scale
     second, first = saved_bytes(probe, gradient=True), saved_bytes(probe, gradient=False)
@@ -93,9 +105,9 @@ def choose(
     else:
         chosen, reason = "streamed", f"{_megabytes(need)} of graphs exceed the budget of {_megabytes(budget)}"
     parts = 1
-    if chosen == "streamed" and objective.divisible and second > 0:
+    if chosen == "streamed" and divisible and second > 0:
         parts = max(math.ceil(second / max(first, 1) - 0.25), math.ceil(2 * second * largest / budget), 1)
-        parts = parts if parts == 1 or _rows_are_independent(objective) else 1
+        parts = parts if parts == 1 or _rows_are_independent(objective, objective.batches) else 1
     return Plan(
         chosen,
         reason,
@@ -136,21 +148,50 @@ def saved_bytes(objective: Objective, *, gradient: bool) -> int:
             with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
                 objective.terms(0)
             return sum(seen.values())
-        with folded_batch_norm(objective.model):
-            total = objective.terms(0).total
-        if total.requires_grad:
-            torch.autograd.grad(total, objective.tensors, create_graph=True, allow_unused=True)
+        with FoldBatchNorm(objective.model):
+            GradientGraph.build(objective, 0)
     return sum(seen.values())
 
 
-def _rows_are_independent(objective: Objective) -> bool:
-    """Whether the loss of the first batch is the sum over its halves: a model that couples rows must not be cut."""
-    first = objective.with_batches(objective.batches[:1])
-    halves = first.cut(2)[0]
-    with objective.measuring(), torch.no_grad():
-        whole = first.terms(0).total.item()
-        parts = math.fsum(halves.terms(index).total.item() for index in range(len(halves.batches)))
-    return abs(whole - parts) <= 1e3 * torch.finfo(objective.dtype).eps * max(abs(whole), abs(parts))
+def _rows_are_independent(objective: Objective, batches: Sequence[Batch]) -> bool:
+    """Whether the loss of each batch is the sum over its halves: what couples rows must not be cut.
+
+    Rows may be steps of time, nodes of a graph, or normalised together. Coupling that does not show in the loss, because a gate is
+    still zero, shows in the curvature: on a few rows that is compared, too. A model that cannot be run on half a batch couples rows.
+
+    Returns:
+        False also where it cannot be known, because the terms of the loss are not.
+    """
+    if not objective.divisible or rows(batches[0]) in (None, 0, 1):
+        return False
+    eps = torch.finfo(objective.dtype).eps
+    try:
+        for batch in batches:
+            whole = objective.with_batches([batch])
+            halves = whole.cut(2)[0]
+            with whole.measuring(), torch.no_grad():
+                total = whole.terms(0).total.item()
+                parts = math.fsum(halves.terms(index).total.item() for index in range(len(halves.batches)))
+            if not abs(total - parts) <= VALUE_ROUNDING * eps * max(abs(total), abs(parts)):
+                return False
+        few = objective.with_batches([map_tensors(lambda tensor: tensor[:4], batches[0])])
+        return _curvature_differs(few, few.cut(2)[0]) <= CURVATURE_ROUNDING * eps
+    except Exception:
+        return False  # its own message, if it is no matter of rows, comes when the whole batch is run
+
+
+def _curvature_differs(one: Objective, other: Objective) -> float:
+    """Relative difference of two Hessian products with the same random vector, sums over the batches."""
+    v = list(one.parameters.split(seeds.normal(one.parameters.n, 0, "rows", dtype=one.dtype, device=one.device)))
+    rows_of: list[Tensor] = []
+    with one.measuring():
+        for objective in (one, other):
+            graphs = [GradientGraph.build(objective, index) for index in range(len(objective.batches))]
+            pieces = zip(product(graphs, v, keep=False), objective.tensors, strict=True)
+            rows_of.append(
+                objective.parameters.join(torch.zeros_like(p) if piece is None else piece for piece, p in pieces)
+            )
+    return norm(rows_of[0] - rows_of[1]) / max(norm(rows_of[0]), 1e-300)
 
 
 def free_memory(device: torch.device) -> int:

@@ -281,7 +281,7 @@ SIDE_EFFECTS: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     ".grad, in place": (lambda model: model.linear0.weight.grad.mul_(0.5), ".grad of 'linear0.weight'"),
     "mode": (lambda model: model.eval(), "the mode of 'the model', the mode of 'linear0'"),
     "requires_grad": (lambda model: model.extra.requires_grad_(), "requires_grad of 'extra'"),
-    "buffer": (lambda model: model.count.add_(1), "the buffer 'count'"),
+    "buffer": (lambda model: model.count.data.add_(1), "the buffer 'count'"),
     "module hook": (lambda model: model.register_forward_hook(lambda *_: None), "hooks of 'the model'"),
     "tensor hook": (lambda model: model.linear0.weight.register_hook(lambda g: g), "hooks of 'linear0.weight'"),
     "torch's random state": (lambda model: torch.rand(1), "torch's random state"),
