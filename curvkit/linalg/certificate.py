@@ -58,6 +58,7 @@ def partial(A: LinearMap, state: LanczosState, settings: Settings, spent: int) -
         lower_bound=lower,
         confidence=confidence,
         multiplicities_below=A.n + 1 if state.spanned else settings.block_size,
+        asked=settings.num,
     )
 
 

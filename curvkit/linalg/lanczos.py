@@ -174,12 +174,13 @@ def search(
         last = last or (settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds)
         if last or state.settled(settings.num, aim):
             pairs = certified(A, state, estimate)
+            _check_finite(pairs.residuals, pairs.products)
             spent, aim = spent + settings.num, aim / 4
             if (
                 last
                 or pairs.all_converged
                 or aim < settings.tolerance / 64
-                or pairs.products + settings.num >= settings.max_products
+                or pairs.products + settings.block_size + settings.num > settings.max_products
             ):
                 yield pairs
                 return
@@ -230,7 +231,7 @@ def _check_fit(A: LinearMap, settings: Settings, start: Tensor | None) -> None:
 
 
 def _check_finite(columns: Tensor, count: int) -> None:
-    """Check Q'A q, to which every entry of A q contributes."""
+    """Check Q'A q, or a residual, to which every entry of A q contributes."""
     if not bool(torch.isfinite(columns).all()):
         raise CurvkitError(
             f"lanczos: product {count} with the matrix has NaN or infinite entries. The function or its derivatives overflow there: "

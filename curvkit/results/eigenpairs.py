@@ -45,7 +45,10 @@ class Eigenpairs:
     confidence: float | None = None
     """Of the two bounds; 1 where the whole space was spanned."""
     multiplicities_below: int = 1
-    """An eigenvalue that is listed fewer times than this has that multiplicity; 1 claims nothing."""
+    """An eigenvalue that is listed fewer times than this, and beyond which another one is listed, has that multiplicity; 1 claims
+    nothing."""
+    asked: int = 1
+    """How many eigenvalues were wanted; fewer are listed if the budget ended before so many were seen."""
     space: ParameterSpace | None = None
 
     @property
@@ -56,5 +59,5 @@ class Eigenpairs:
 
     @property
     def all_converged(self) -> bool:
-        """Whether every residual was recomputed and is within the tolerance."""
-        return self.recomputed and bool(self.converged.all())
+        """Whether as many as asked for are there, and every residual was recomputed and is within the tolerance."""
+        return self.recomputed and len(self.values) >= self.asked and bool(self.converged.all())
