@@ -65,7 +65,8 @@ class Recipe:
             raise InvalidArgument(
                 f"Recipe: batch has {sorted(map(str, self.batch))}; it must be {{'x': inputs, 'y': targets}}, both tensors."
             )
-        if len({value.shape[0] if value.ndim else 0 for value in self.batch.values()} | {0}) != 2:
+        rows = {value.shape[0] if value.ndim else 0 for value in self.batch.values()}
+        if len(rows) > 1 or 0 in rows:
             shapes = {key: tuple(value.shape) for key, value in self.batch.items()}
             raise InvalidArgument(
                 f"Recipe: x and y must have the same number of rows, at least one; their shapes are {shapes}."

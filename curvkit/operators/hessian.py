@@ -151,12 +151,11 @@ class Hessian:
         if self._retained is not None and len(self._retained) < MANY_BATCHES:
             # No forward pass, unless activation checkpointing repeats one: nothing else could be disturbed.
             with exact_arithmetic(self.objective.model), FoldBatchNorm(self.objective.model):
-                rows = [self._flat(product(self._retained, v, keep=True)) for v in pieces]
+                rows = [self._mean(product(self._retained, v, keep=True)) for v in pieces]
         else:
             with self._measuring():
-                rows = self._summed(pieces)
+                rows = [row.div_(self._denominator).to(self.dtype) for row in self._summed(pieces)]
         self.products += V.shape[1]
-        rows = [row.div_(self._denominator).to(self.dtype) for row in rows]
         if not rows:
             return torch.zeros_like(V)
         return rows[0][:, None] if len(rows) == 1 else torch.stack(rows, dim=1)
@@ -228,11 +227,15 @@ class Hessian:
             if piece is not None:
                 target += piece
 
-    def _flat(self, pieces: list[Tensor | None]) -> Tensor:
-        return self.space.join(
-            torch.zeros_like(p) if piece is None else piece
-            for p, piece in zip(self.objective.tensors, pieces, strict=True)
-        )
+    def _mean(self, pieces: list[Tensor | None]) -> Tensor:
+        """Flatten and divide in one pass."""
+        row = torch.empty(self.n, dtype=self.dtype, device=self.device)
+        for target, piece in zip(self.space.split(row), pieces, strict=True):
+            if piece is None:
+                target.zero_()
+            else:
+                torch.div(piece, self._denominator, out=target)
+        return row
 
     def _refuse_doubtful_loss(self) -> None:
         """Evaluate the first batch twice, and once by the user's own mean where the loss is known."""
