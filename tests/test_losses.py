@@ -62,7 +62,12 @@ LOSSES: dict[str, tuple[Any, Tensor, Tensor, Callable[[Tensor], Tensor] | None]]
     ),
     "cross_entropy, soft": (F.cross_entropy, X, SOFT, None),
     "cross_entropy, soft and weights": (nn.CrossEntropyLoss(weight=WEIGHT), X, SOFT, None),
-    "cross_entropy, soft, weights, smoothed": (partial(F.cross_entropy, weight=WEIGHT, label_smoothing=0.2), X, SOFT, None),
+    "cross_entropy, soft, weights, smoothed": (
+        partial(F.cross_entropy, weight=WEIGHT, label_smoothing=0.2),
+        X,
+        SOFT,
+        None,
+    ),
     "cross_entropy over a sequence": (F.cross_entropy, TOKENS, GRID, lambda y: y.transpose(1, 2)),
     "cross_entropy over a sequence, weights": (
         partial(F.cross_entropy, weight=WEIGHT),
@@ -200,7 +205,9 @@ def test_elementwise_weights_of_the_batch():
         assert H.loss == pytest.approx(truth.loss, rel=SAME)
         assert relative(H.gradient, truth.gradient) <= SAME
         V = normal(H.n, 2)
-        assert torch.linalg.vector_norm(H.matmat(V) - truth.hessian @ V) <= SAME * torch.linalg.vector_norm(truth.hessian)
+        assert torch.linalg.vector_norm(H.matmat(V) - truth.hessian @ V) <= SAME * torch.linalg.vector_norm(
+            truth.hessian
+        )
 
 
 @settings(max_examples=25, deadline=None)
@@ -239,7 +246,9 @@ def test_a_batch_without_a_term_contributes_nothing():
 def test_all_targets_ignored_is_refused():
     model = Then(None).double()
     objective = Objective(model, F.cross_entropy, [(X, torch.full((N,), -100))] * 2)
-    with pytest.raises(UnknownObjective, match="the data has no loss term: every target is ignored, or has class weight 0"):
+    with pytest.raises(
+        UnknownObjective, match="the data has no loss term: every target is ignored, or has class weight 0"
+    ):
         Hessian(objective)
     with pytest.raises(UnknownObjective, match="no loss term"):
         objective.value()
@@ -304,7 +313,10 @@ def test_targets_that_are_broadcast():
     [
         (F.cross_entropy, "cross_entropy"),
         (nn.CrossEntropyLoss(), "cross_entropy"),
-        (nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=0), "cross_entropy(ignore_index=0, label_smoothing=0.1)"),
+        (
+            nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=0),
+            "cross_entropy(ignore_index=0, label_smoothing=0.1)",
+        ),
         (partial(F.cross_entropy, weight=WEIGHT), "cross_entropy(weight=...)"),
         (partial(partial(F.huber_loss, delta=2.0), reduction="sum"), "huber_loss(delta=2.0)"),
         (nn.PoissonNLLLoss(), "poisson_nll_loss"),
@@ -329,14 +341,23 @@ def own(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "loss",
-    [Scaled(), own, lambda o, t: F.mse_loss(o, t), partial(own), partial(F.gaussian_nll_loss, var=torch.ones(1)), nn.MultiMarginLoss()],
+    [
+        Scaled(),
+        own,
+        lambda o, t: F.mse_loss(o, t),
+        partial(own),
+        partial(F.gaussian_nll_loss, var=torch.ones(1)),
+        nn.MultiMarginLoss(),
+    ],
 )
 def test_other_losses_are_not_mistaken_for_known_ones(loss: Any):
     """A subclass or a wrapper may compute anything."""
     assert isinstance(as_loss(loss), OtherLoss)
 
 
-@pytest.mark.parametrize("loss", [F.cross_entropy, own, lambda o, t: F.cross_entropy(o, t), nn.CrossEntropyLoss(), Scaled()])
+@pytest.mark.parametrize(
+    "loss", [F.cross_entropy, own, lambda o, t: F.cross_entropy(o, t), nn.CrossEntropyLoss(), Scaled()]
+)
 def test_functions_lambdas_and_modules_are_accepted(loss: Any):
     """Dense autograd. Known failure elsewhere: a loss must be a module with an attribute `reduction`."""
     model = Then(None).double()
@@ -346,13 +367,18 @@ def test_functions_lambdas_and_modules_are_accepted(loss: Any):
     assert relative(H.matmat(torch.eye(H.n).double()), truth.hessian) <= SAME
 
 
-@pytest.mark.parametrize("loss", [own, lambda o, t: F.cross_entropy(o, t), Scaled(), BatchLoss(lambda m, b: own(m(b[0]), b[1]))])
+@pytest.mark.parametrize(
+    "loss", [own, lambda o, t: F.cross_entropy(o, t), Scaled(), BatchLoss(lambda m, b: own(m(b[0]), b[1]))]
+)
 def test_an_unknown_loss_over_two_batches_is_refused_with_advice(loss: Any):
     objective = Objective(Then(None).double(), loss, cut([7, 5], X, LABELS))
-    with pytest.raises(UnknownObjective, match="returned a scalar, but there are 2 batches, and how to weight them is not known") as caught:
+    with pytest.raises(
+        UnknownObjective, match="returned a scalar, but there are 2 batches, and how to weight them is not known"
+    ) as caught:
         Hessian(objective)
-    assert "Return (sum, count) from the loss, use one of torch.nn.functional's losses, or pass all data as one batch." in str(
-        caught.value
+    assert (
+        "Return (sum, count) from the loss, use one of torch.nn.functional's losses, or pass all data as one batch."
+        in str(caught.value)
     )
 
 
@@ -401,21 +427,27 @@ def test_a_count_may_be_a_sum_of_weights():
     ],
 )
 def test_a_loss_that_is_not_a_scalar_is_refused(value: Any, said: str):
-    with pytest.raises(UnknownObjective, match=f"the loss f returned {said}; it must return a scalar, or a pair") as caught:
+    with pytest.raises(
+        UnknownObjective, match=f"the loss f returned {said}; it must return a scalar, or a pair"
+    ) as caught:
         scalar_or_pair(value, "f")
     assert "for example output.loss" in str(caught.value)
 
 
 @pytest.mark.parametrize("count", [-1, float("nan"), float("inf"), torch.tensor(-2.0)])
 def test_a_bad_count_is_refused(count: Any):
-    with pytest.raises(UnknownObjective, match=r"the loss f returned the count .*; it must be a finite number of loss terms, 0 or more"):
+    with pytest.raises(
+        UnknownObjective, match=r"the loss f returned the count .*; it must be a finite number of loss terms, 0 or more"
+    ):
         scalar_or_pair((torch.ones(()), count), "f")
 
 
 @pytest.mark.parametrize("count", [torch.zeros(3, 4), "3", None, [1]])
 def test_a_second_value_that_is_no_number_is_refused(count: Any):
     """A model that returns (loss, logits) is not a loss that says its count."""
-    with pytest.raises(UnknownObjective, match="the loss f returned the count .*; it must be a finite number of loss terms"):
+    with pytest.raises(
+        UnknownObjective, match="the loss f returned the count .*; it must be a finite number of loss terms"
+    ):
         scalar_or_pair((torch.ones(()), count), "f")
 
 
@@ -440,7 +472,9 @@ def test_a_count_that_is_no_whole_number_is_a_weight():
 
 @pytest.mark.parametrize("loss", [partial(F.mse_loss, reduction="none"), nn.CrossEntropyLoss(reduction="none")])
 def test_a_loss_without_reduction_is_refused(loss: Any):
-    with pytest.raises(InvalidArgument, match="has reduction='none'; curvature needs a scalar. Use reduction='mean' or"):
+    with pytest.raises(
+        InvalidArgument, match="has reduction='none'; curvature needs a scalar. Use reduction='mean' or"
+    ):
         as_loss(loss)
 
 
@@ -456,7 +490,9 @@ def test_the_old_options_are_refused():
 
 @pytest.mark.parametrize("loss", [None, "cross_entropy", 3])
 def test_what_cannot_be_called_is_refused(loss: Any):
-    with pytest.raises(InvalidArgument, match=r"loss=.* is not callable. Pass a function \(outputs, targets\), a loss module"):
+    with pytest.raises(
+        InvalidArgument, match=r"loss=.* is not callable. Pass a function \(outputs, targets\), a loss module"
+    ):
         as_loss(loss)
 
 
@@ -471,7 +507,9 @@ def test_a_model_that_returns_no_tensor_is_refused():
             return super().forward(input), None
 
     objective = Objective(Two(D, C).double(), F.cross_entropy, [(X, LABELS)])
-    with pytest.raises(UnknownObjective, match=r"cross_entropy takes two tensors; the model gave a tuple. Write curvkit.BatchLoss"):
+    with pytest.raises(
+        UnknownObjective, match=r"cross_entropy takes two tensors; the model gave a tuple. Write curvkit.BatchLoss"
+    ):
         Hessian(objective)
 
 
@@ -489,10 +527,14 @@ def test_token_cross_entropy_is_cross_entropy_with_classes_last(reduction: str):
     """Another formula: torch's, with the classes in dimension 1; the same numbers in the same order of summation, up to eps."""
     logits = normal(N, T, C)
     got = token_cross_entropy(logits, LANGUAGE, reduction=reduction)  # type: ignore[arg-type]
-    assert got.item() == pytest.approx(F.cross_entropy(logits.transpose(1, 2), LANGUAGE, reduction=reduction).item(), rel=1e-14)
+    assert got.item() == pytest.approx(
+        F.cross_entropy(logits.transpose(1, 2), LANGUAGE, reduction=reduction).item(), rel=1e-14
+    )
 
 
-@pytest.mark.parametrize(("outputs", "targets"), [((2, 3), (2, 3)), ((2, 3, 4), (2, 4)), ((2, 3, 4), (2, 3, 4)), ((2, 3, 4), (6,))])
+@pytest.mark.parametrize(
+    ("outputs", "targets"), [((2, 3), (2, 3)), ((2, 3, 4), (2, 4)), ((2, 3, 4), (2, 3, 4)), ((2, 3, 4), (6,))]
+)
 def test_token_cross_entropy_refuses_other_shapes(outputs: tuple[int, ...], targets: tuple[int, ...]):
     with pytest.raises(InvalidArgument, match=r"do not fit. Pass logits \[N, T, V\] and targets \[N, T\]"):
         token_cross_entropy(torch.zeros(outputs), torch.zeros(targets, dtype=torch.int64))
@@ -506,7 +548,10 @@ def test_a_function_that_averages_in_another_way_than_the_table_says_is_refused(
     from curvkit.losses import known
 
     monkeypatch.setitem(known.DIVISORS, F.mse_loss, known.of_rows)
-    with pytest.raises(UnsupportedModel, match="mse_loss returns .* on the first batch, but its terms add up to .*: this version of torch"):
+    with pytest.raises(
+        UnsupportedModel,
+        match="mse_loss returns .* on the first batch, but its terms add up to .*: this version of torch",
+    ):
         Hessian(Objective(Then(None).double(), F.mse_loss, [(X, REAL)]))
 
 
@@ -541,7 +586,14 @@ def test_a_named_tuple_stays_one():
 
 @pytest.mark.parametrize(
     ("batch", "expected"),
-    [((X, LABELS), N), ({"x": X, "y": LABELS}, N), (X, N), ((X, LABELS[:3]), None), ((X, torch.tensor(1.0)), None), ((), None)],
+    [
+        ((X, LABELS), N),
+        ({"x": X, "y": LABELS}, N),
+        (X, N),
+        ((X, LABELS[:3]), None),
+        ((X, torch.tensor(1.0)), None),
+        ((), None),
+    ],
 )
 def test_rows(batch: Any, expected: int | None):
     assert rows(batch) == expected

@@ -50,7 +50,11 @@ HARD: dict[str, Callable[[], tuple[Tensor, int, Tensor | None]]] = {
     "exhausted bulk, float32": lambda: (outlier(300, 3.0, 4, torch.float32), 4, None),
     "start without the outlier": lambda: (outlier(300, 3.0, 4), 4, start_without(300, 0.0)),
     "start with a little of it": lambda: (outlier(300, 3.0, 4), 4, start_without(300, 1e-3)),
-    "tiny gap": lambda: (torch.cat([torch.tensor([1.0 - 1e-6, 1.0]).double(), torch.linspace(-1, 0.9, 298).double()]), 8, None),
+    "tiny gap": lambda: (
+        torch.cat([torch.tensor([1.0 - 1e-6, 1.0]).double(), torch.linspace(-1, 0.9, 298).double()]),
+        8,
+        None,
+    ),
     "uniform": lambda: (torch.linspace(-1.0, 1.0, 300, dtype=torch.float64), 6, None),
     "graded": lambda: (strakos(100), 8, None),
 }
@@ -132,7 +136,9 @@ def test_the_inequality_behind_the_bound_always_holds(data: st.DataObject):
         if 0.0 < confidence < 1.0:
             claimed = bound(state.chain, confidence)
             if claimed is not None:
-                assert sign * claimed >= sign * d[index].item() - 1e-12 * d.abs().max().item()  # 4500 eps: rounding in T
+                assert (
+                    sign * claimed >= sign * d[index].item() - 1e-12 * d.abs().max().item()
+                )  # 4500 eps: rounding in T
 
 
 # ---- laws and closed forms ------------------------------------------------------------------------------------------

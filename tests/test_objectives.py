@@ -174,7 +174,9 @@ def test_the_draw_is_the_same_in_another_process():
         "random.seed(); print(fingerprint(of(loader(shuffle=True)).batches), fingerprint(of(Shuffling(random.shuffle)).batches))"
     )
     folder = str(__import__("pathlib").Path(__file__).parent)
-    ran = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True, timeout=300)
+    ran = subprocess.run(
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, check=True, timeout=300
+    )
     here = fingerprint(of(loader(shuffle=True)).batches), fingerprint(of(Shuffling(random.shuffle)).batches)
     assert ran.stdout.split() == list(here)
 
@@ -183,7 +185,10 @@ def test_the_draw_is_the_same_in_another_process():
     ("options", "note"),
     [
         ({"drop_last": True}, "drop_last leaves 2 of 12 examples out"),
-        ({"sampler": SubsetRandomSampler(range(12))}, "the DataLoader draws by SubsetRandomSampler; one draw of its batches is kept"),
+        (
+            {"sampler": SubsetRandomSampler(range(12))},
+            "the DataLoader draws by SubsetRandomSampler; one draw of its batches is kept",
+        ),
         (
             {"sampler": WeightedRandomSampler([1.0] * 12, 12)},
             "the DataLoader draws by WeightedRandomSampler; one draw of its batches is kept",
@@ -272,7 +277,10 @@ class Augmented(Dataset[Any]):
 @pytest.mark.parametrize("jitter", JITTERS)
 def test_augmentation_in_a_data_set_is_refused(jitter: str):
     it = of(DataLoader(Augmented(JITTERS[jitter]), batch_size=4))
-    with pytest.raises(UnsupportedModel, match=r"comes out different each time \(Augmented with transform <function .*random augmentation"):
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"comes out different each time \(Augmented with transform <function .*random augmentation",
+    ):
         _ = it.batches
     with pytest.raises(UnsupportedModel, match="use the evaluation transform, or pass list"):
         _ = it.batches
@@ -322,7 +330,10 @@ def test_a_stream_is_drawn_as_it_is(kind: type[Stream]):
 @pytest.mark.parametrize("kind", [Stream, Measured])
 @pytest.mark.parametrize("jitter", JITTERS)
 def test_augmentation_in_a_stream_is_refused(jitter: str, kind: type[Stream]):
-    with pytest.raises(UnsupportedModel, match=r"two passes over the data \((Stream|Measured)\) give different examples.*pass list\(data\)"):
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"two passes over the data \((Stream|Measured)\) give different examples.*pass list\(data\)",
+    ):
         _ = of(DataLoader(kind(JITTERS[jitter]), batch_size=5)).batches
 
 
@@ -332,7 +343,9 @@ def test_augmentation_in_an_iterable_is_refused(jitter: str):
         def __iter__(self) -> Iterator[Any]:
             return ((torch.stack([JITTERS[jitter](row) for row in x]), y) for x, y in cut([5, 7], X, Y))
 
-    with pytest.raises(UnsupportedModel, match=r"two passes over the data \(Batches\) give different examples: random augmentation"):
+    with pytest.raises(
+        UnsupportedModel, match=r"two passes over the data \(Batches\) give different examples: random augmentation"
+    ):
         _ = of(Batches()).batches
 
 
@@ -379,13 +392,20 @@ def test_mappings_keep_their_class():
 
 @pytest.mark.parametrize(("data", "kind"), [((X, Y), "tuple"), (X, "Tensor"), ({"x": X, "y": Y}, "dict")])
 def test_a_lone_batch_is_refused(data: Any, kind: str):
-    with pytest.raises(InvalidArgument, match=rf"data is a single batch \(a {kind}\).*Put it in a list: data=\[batch\]"):
+    with pytest.raises(
+        InvalidArgument, match=rf"data is a single batch \(a {kind}\).*Put it in a list: data=\[batch\]"
+    ):
         of(data)
 
 
-@pytest.mark.parametrize("data", [iter([(X, Y)]), ((x, y) for x, y in [(X, Y)]), zip([X], [Y], strict=True), map(tuple, [(X, Y)])])
+@pytest.mark.parametrize(
+    "data", [iter([(X, Y)]), ((x, y) for x, y in [(X, Y)]), zip([X], [Y], strict=True), map(tuple, [(X, Y)])]
+)
 def test_a_one_shot_iterator_is_refused(data: Any):
-    with pytest.raises(InvalidArgument, match=rf"one-shot iterator \(a {type(data).__name__}\): it gives its batches only once.*list\(iterator\)"):
+    with pytest.raises(
+        InvalidArgument,
+        match=rf"one-shot iterator \(a {type(data).__name__}\): it gives its batches only once.*list\(iterator\)",
+    ):
         of(data)
 
 
@@ -396,7 +416,9 @@ def test_what_cannot_be_iterated_is_refused():
 
 @pytest.mark.parametrize("data", [[], (), DataLoader(TensorDataset(X[:3], Y[:3]), batch_size=5, drop_last=True)])
 def test_empty_data_is_refused(data: Any):
-    with pytest.raises(InvalidArgument, match="data gave no batches. Pass at least one batch; a loader with drop_last=True drops"):
+    with pytest.raises(
+        InvalidArgument, match="data gave no batches. Pass at least one batch; a loader with drop_last=True drops"
+    ):
         _ = of(data).batches
 
 
@@ -419,14 +441,18 @@ def test_what_is_no_module_is_refused():
 
 def test_data_on_another_device_is_refused():
     it = of([(X, Y), (X.to("meta"), Y)])
-    with pytest.raises(UnknownObjective, match=r"batch 1 has a tensor on meta, the model is on cpu. Move the data with batch.to"):
+    with pytest.raises(
+        UnknownObjective, match=r"batch 1 has a tensor on meta, the model is on cpu. Move the data with batch.to"
+    ):
         it.value()
 
 
 def test_a_model_on_two_devices_is_refused():
     m = model()
     m.linear1.to("meta")
-    with pytest.raises(UnsupportedModel, match=r"the parameters lie on several devices \(cpu, meta\); one device is supported"):
+    with pytest.raises(
+        UnsupportedModel, match=r"the parameters lie on several devices \(cpu, meta\); one device is supported"
+    ):
         Objective(m, F.cross_entropy, [(X, Y)]).value()
 
 
@@ -445,7 +471,9 @@ def test_an_error_of_the_user_s_own_data_is_passed_on():
 class Wrapped(nn.Module):
     """Any layer between two linear ones."""
 
-    def __init__(self, layer: nn.Module, call: Callable[[nn.Module, Tensor], Tensor] = lambda layer, x: layer(x)) -> None:
+    def __init__(
+        self, layer: nn.Module, call: Callable[[nn.Module, Tensor], Tensor] = lambda layer, x: layer(x)
+    ) -> None:
         super().__init__()
         self.first, self.layer, self.last, self.call = nn.Linear(4, 6), layer, nn.Linear(6, 3), call
 
@@ -484,7 +512,9 @@ def test_a_random_model_is_refused_by_name_and_right_in_eval_mode(name: str):
         m = make()
     it = Objective(m, F.cross_entropy, [(X, Y)])
     for use in (it.value, it.gradient):
-        with pytest.raises(UnsupportedModel, match=rf"Objective: {said} is active, so that the loss is random.*Call model.eval\(\)"):
+        with pytest.raises(
+            UnsupportedModel, match=rf"Objective: {said} is active, so that the loss is random.*Call model.eval\(\)"
+        ):
             use()
     m.eval()
     assert it.value() == it.value()
@@ -498,14 +528,18 @@ def test_dropout_of_probability_zero_is_no_dropout():
 
 def test_batch_norm_in_training_mode_is_refused():
     it = Objective(Wrapped(nn.BatchNorm1d(6)), F.cross_entropy, [(X, Y)])
-    with pytest.raises(UnsupportedModel, match=r"layer \(BatchNorm1d\) is in training mode: it normalises by the batch at hand"):
+    with pytest.raises(
+        UnsupportedModel, match=r"layer \(BatchNorm1d\) is in training mode: it normalises by the batch at hand"
+    ):
         it.value()
 
 
 def test_batch_norm_without_statistics_takes_one_batch():
     m = Wrapped(nn.BatchNorm1d(6, track_running_stats=False)).eval()
     assert Objective(m, F.cross_entropy, [(X, Y)]).value() > 0
-    with pytest.raises(UnsupportedModel, match="keeps no running statistics .* cut into 2 batches. Pass the data as one batch"):
+    with pytest.raises(
+        UnsupportedModel, match="keeps no running statistics .* cut into 2 batches. Pass the data as one batch"
+    ):
         Objective(m, F.cross_entropy, cut([6, 6], X, Y)).value()
 
 
@@ -544,7 +578,9 @@ def test_a_forward_pass_that_writes_to_a_parameter_is_refused():
             return super().forward(input)
 
     it = Objective(Clipping([4, 3]), F.cross_entropy, [(X, Y)])
-    with pytest.raises(UnsupportedModel, match="the forward pass writes to the parameter 'linear0.bias'.*evaluation mode"):
+    with pytest.raises(
+        UnsupportedModel, match="the forward pass writes to the parameter 'linear0.bias'.*evaluation mode"
+    ):
         it.value()
 
 

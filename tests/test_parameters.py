@@ -158,7 +158,9 @@ def test_another_model_is_refused():
 
 def test_an_all_frozen_model_is_refused():
     model = nn.Linear(2, 1).requires_grad_(False)
-    with pytest.raises(InvalidArgument, match="no trainable parameter: all 2 of its parameters are frozen.*requires_grad_"):
+    with pytest.raises(
+        InvalidArgument, match="no trainable parameter: all 2 of its parameters are frozen.*requires_grad_"
+    ):
         ParameterSpace.of(model)
 
 
@@ -176,7 +178,9 @@ def test_a_model_with_empty_parameters_only_is_refused():
 
 def test_a_pattern_without_a_match_shows_what_there_is():
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(5)))
-    with pytest.raises(InvalidArgument, match=r"'conv\*' matches no trainable parameter. The model has: 0.weight, .* \.\.\."):
+    with pytest.raises(
+        InvalidArgument, match=r"'conv\*' matches no trainable parameter. The model has: 0.weight, .* \.\.\."
+    ):
         ParameterSpace.of(model, ["0.*", "conv*"])
 
 

@@ -188,7 +188,7 @@ def test_values_are_converted_by_the_annotations(kind: Any, text: str, value: An
         (int, "2.5", "int"),
         (float, "fast", "float"),
         (bool, "maybe", "bool"),
-        (int | None, "x", "int or NoneType"),
+        (int | None, "x", "int or None"),
         (Literal["relu", "tanh"], "gelu", "Literal['relu', 'tanh']"),
         (list[int], "3", "list[int]"),
         (torch.device, "cpu", "device"),

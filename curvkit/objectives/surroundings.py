@@ -48,11 +48,8 @@ def undisturbed(model: nn.Module) -> Generator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(name, p, p.grad, p.requires_grad, p._version) for name, p in model.named_parameters()]
-    buffers = [
-        (module, name, buffer, buffer._version, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    registered = [(held, dict(held)) for held in (vars(module).get("_buffers", {}) for module in model.modules())]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     for _, p, *_ in parameters:
         p.grad = None
     try:
@@ -64,10 +61,12 @@ def undisturbed(model: nn.Module) -> Generator[None]:
             p.grad = grad
             if p.requires_grad != requires_grad:
                 p.requires_grad_(requires_grad)
-        for module, name, buffer, version, copy in buffers:
-            if getattr(module, name) is not buffer:
-                setattr(module, name, buffer)
-            if buffer._version != version:
+        for held, before in registered:
+            if held.keys() != before.keys() or any(held[name] is not before[name] for name in before):
+                held.clear()
+                held.update(before)
+        for buffer, version, copy in buffers:
+            if buffer._version != version or not torch.equal(buffer, copy):  # batch_norm writes without a new version
                 with torch.no_grad():
                     buffer.copy_(copy)
     written = [name for name, p, _, _, version in parameters if p._version != version]

@@ -7,12 +7,16 @@ from torch import Tensor, nn
 
 END_WORDS = 1 << 14
 """Words of eight bytes that are read at either end of a tensor."""
+LANES = 251
+"""A prime, so that exchanged rows of a matrix meet other weights."""
+WEIGHTS = torch.arange(1, LANES + 1, device="cpu") * 0x9E3779B97F4A7C1
 
 
 def fingerprint(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Read address and version of each parameter and buffer, frozen ones included, and a checksum of each parameter.
+    """Read address and checksum of each parameter and buffer, frozen ones included, and the version of each parameter.
 
-    Writes through `.data` move no version, which is what the checksum is for; nobody needs `.data` to write to a buffer.
+    Writes through `.data` move no version, which is what the checksum is for. The version of a buffer moves where a forward pass
+    writes to it and the old value is restored.
 
     Args:
         model: Any module.
@@ -22,8 +26,8 @@ def fingerprint(model: nn.Module) -> dict[str, tuple[int, int, int]]:
 
     Cost: at most 256 KiB read per tensor.
     """
-    found = {f"parameter {name!r}": (*_place(p), checksum(p)) for name, p in model.named_parameters()}
-    return found | {f"buffer {name!r}": (*_place(b), 0) for name, b in model.named_buffers()}
+    found = {f"parameter {name!r}": (p.data_ptr(), _version(p), checksum(p)) for name, p in model.named_parameters()}
+    return found | {f"buffer {name!r}": (b.data_ptr(), 0, checksum(b)) for name, b in model.named_buffers()}
 
 
 def changed(before: dict[str, tuple[int, int, int]], now: dict[str, tuple[int, int, int]]) -> str | None:
@@ -40,9 +44,9 @@ def changed(before: dict[str, tuple[int, int, int]], now: dict[str, tuple[int, i
 
 
 def checksum(tensor: Tensor) -> int:
-    """Add up the bits of a tensor as integers, the first words with another weight than the last.
+    """Add up the bits of a tensor as integers, with a weight for each place in a row of 251.
 
-        c = sum_(i < h) 2 x_i + sum_(i >= m - h) x_i  mod 2^64,    x_i the i-th of m words of eight bytes, h = min(m / 2, 16384)
+        c = sum_i w_(i mod 251) x_i  mod 2^64,    x_i the i-th word of eight bytes
 
     Integers, so that neither the number of threads nor NaN matters. Of a large tensor only both ends are read, so that the check costs
     next to nothing beside a product: whoever writes to weights writes to all of them.
@@ -64,11 +68,13 @@ def checksum(tensor: Tensor) -> int:
     if raw.numel() % 8 or raw.storage_offset() % 8:
         raw = torch.cat([raw, raw.new_zeros(-raw.numel() % 8)])
     words = raw.view(torch.int64)
-    h = min(words.numel() // 2, END_WORDS)
-    if words.numel() <= 2 * END_WORDS:
-        return int(2 * words[:h].sum() + words[h:].sum())
-    return int(2 * words[:h].sum() + words[-h:].sum())
+    if words.numel() > 2 * END_WORDS:
+        words = torch.cat([words[:END_WORDS], words[-END_WORDS:]])
+    weights, whole = WEIGHTS.to(words.device), words.numel() // LANES * LANES
+    rest = words[whole:]
+    total = (rest * weights[: rest.numel()]).sum()
+    return int(total + (words[:whole].view(-1, LANES).sum(0) * weights).sum() if whole else total)
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

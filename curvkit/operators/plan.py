@@ -106,7 +106,7 @@ def choose(
         chosen, reason = "streamed", f"{_megabytes(need)} of graphs exceed the budget of {_megabytes(budget)}"
     parts = 1
     if chosen == "streamed" and divisible and second > 0:
-        parts = max(math.ceil(second / max(first, 1) - 0.25), math.ceil(2 * second * largest / budget), 1)
+        parts = max(math.ceil(second / max(first, 1)), math.ceil(2 * second * largest / budget), 1)
         parts = parts if parts == 1 or _rows_are_independent(objective, objective.batches) else 1
     return Plan(
         chosen,

@@ -138,7 +138,8 @@ def _value(key: str, text: str, kind: Any) -> Any:
         if candidate in (int, float, str):
             with contextlib.suppress(ValueError):
                 return candidate(text)
-    shown = " or ".join(k.__name__ if isinstance(k, type) else str(k).removeprefix("typing.") for k in kinds)
+    names = (k.__name__ if isinstance(k, type) else str(k).removeprefix("typing.") for k in kinds)
+    shown = " or ".join(names).replace("NoneType", "None")
     raise InvalidArgument(
         f"--set {key}={text}: not a value of type {shown}, which the function asks for. "
         "Only bool, int, float, str, Literal and None can be given here."

@@ -1,0 +1,272 @@
+"""What a Hessian refuses: changed points, numbers that are not finite, losses without curvature, and noise; each by its text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, ENGINES, X, Y
+from oracles import classes, cut, normal, seeded
+from torch import Tensor, nn
+
+from curvkit.errors import CurvkitError, InvalidArgument, UnknownObjective, UnsupportedModel
+from curvkit.losses import BatchLoss
+from curvkit.models import MLP
+from curvkit.objectives import Objective
+from curvkit.operators import Hessian
+
+
+def small(**options: Any) -> Hessian:
+    return Hessian(CASES["mlp"]().objective(), **options)
+
+
+def test_a_wrong_vector_is_refused():
+    H = small()
+    for wrong in (
+        torch.zeros(H.n + 1).double(),
+        torch.zeros(H.n),
+        torch.zeros(H.n, 1).double(),
+        torch.zeros(()).double(),
+    ):
+        with pytest.raises(
+            InvalidArgument, match=rf"this operator takes \[{H.n}\], or \[{H.n}, k\] in matmat, torch.float64 on cpu"
+        ):
+            H.matvec(wrong)
+    with pytest.raises(InvalidArgument, match=r"a vector of shape \(3, 2\), torch.float64 on meta was given"):
+        H.matmat(torch.zeros(3, 2, dtype=torch.float64, device="meta"))
+    with pytest.raises(InvalidArgument, match="was given; this operator takes"):
+        H.batch_quotients(torch.zeros(H.n + 1).double())
+
+
+def step(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def through_data(model: nn.Module) -> None:
+    model.linear1.weight.data.add_(1e-3)
+
+
+def signs(model: nn.Module) -> None:
+    model.linear1.weight.data.neg_()
+
+
+def permuted(model: nn.Module) -> None:
+    w = model.linear1.weight
+    w.data = w.data[[1, 0, 2, 3, 4]]
+
+
+def permuted_in_place(model: nn.Module) -> None:
+    model.linear1.weight.data[[0, 1]] = model.linear1.weight.data[[1, 0]]
+
+
+def storage(model: nn.Module) -> None:
+    model.linear1.weight.data = torch.zeros_like(model.linear1.weight)
+
+
+def replaced(model: nn.Module) -> None:
+    model.linear1.weight = nn.Parameter(model.linear1.weight.detach() + 1)
+
+
+def loaded(model: nn.Module) -> None:
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("residency", ["retained", "streamed"])
+@pytest.mark.parametrize("change", [step, through_data, signs, permuted, permuted_in_place, storage, replaced, loaded])
+def test_changed_parameters_are_noticed(change: Callable[[nn.Module], None], residency: str):
+    """Products of two points must not be mixed; a retained graph belongs to the point where it was built."""
+    H = small(residency=residency)
+    v = normal(H.n)
+    H.matvec(v)
+    change(H.objective.model)
+    for use in (lambda: H.matvec(v), lambda: H.matmat(v[:, None]), lambda: H.batch_quotients(v)):
+        with pytest.raises(
+            InvalidArgument,
+            match=r"the parameter 'linear\d.\w+' has changed since this operator was made.*Make a new Hessian",
+        ):
+            use()
+
+
+@pytest.mark.parametrize("residency", ["retained", "streamed"])
+def test_changed_parameters_outside_the_space_are_noticed(residency: str):
+    """Frozen parameters and those that the patterns leave out belong to the point, too; so do buffers."""
+    for change in ("excluded", "frozen", "buffer"):
+        made = CASES["cnn, batch norm"]()
+        made.model.head.bias.requires_grad_(False)
+        H = Hessian(Objective(made.model, made.loss, made.data, "*.weight"), residency=residency)
+        with torch.no_grad():
+            {"excluded": made.model.last.bias, "frozen": made.model.head.bias, "buffer": made.model.norm.running_mean}[
+                change
+            ].add_(1.0)
+        with pytest.raises(InvalidArgument, match="has changed since this operator was made"):
+            H.matvec(normal(H.n))
+
+
+def test_the_number_of_threads_is_no_change():
+    """Sums over parameters round differently with another number of threads."""
+    with seeded():
+        model = nn.Linear(1000, 200)
+    H = Hessian(
+        Objective(model, F.mse_loss, [(normal(2, 1000, dtype=torch.float32), normal(2, 200, dtype=torch.float32))])
+    )
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert H.matvec(torch.ones(H.n)).isfinite().all()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("residency", ["retained", "streamed"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float, residency: str):
+    made = CASES["mlp"]()
+    with torch.no_grad():
+        made.model.linear1.weight[2, 1] = value
+    with pytest.raises(
+        CurvkitError, match="the parameter 'linear1.weight' has NaN or infinite entries.*Take an earlier one"
+    ):
+        Hessian(made.objective(), residency=residency)
+
+
+def test_unused_weights_that_are_not_finite_are_named():
+    made = CASES["a used parameter in one batch only"]()
+    with torch.no_grad():
+        made.model.experts[2].bias[0] = float("nan")
+    with pytest.raises(CurvkitError, match="the parameter 'experts.2.bias' has NaN or infinite entries"):
+        Hessian(made.objective())
+
+
+def test_a_buffer_that_is_not_finite_is_named():
+    made = CASES["cnn, batch norm"]()
+    made.model.plain.running_var[1] = float("nan")
+    with pytest.raises(CurvkitError, match="the buffer 'plain.running_var' has NaN or infinite entries"):
+        Hessian(made.objective())
+
+
+@pytest.mark.parametrize("residency", ["retained", "streamed"])
+def test_a_batch_that_is_not_finite_is_named(residency: str):
+    made = CASES["mlp"]()
+    x = X.clone()
+    x[5, 0] = float("nan")
+    with pytest.raises(
+        CurvkitError, match="the loss of batch 1 is nan though all parameters are finite. Check this batch"
+    ):
+        Hessian(Objective(made.model, made.loss, cut([4, 4, 1], x, Y)), residency=residency)
+
+
+@pytest.mark.parametrize("loss", [lambda o, t: F.cross_entropy(o, t, reduction="none"), lambda o, t: o])
+def test_a_loss_that_is_not_a_scalar_is_refused(loss: Any):
+    made = CASES["mlp"]()
+    with pytest.raises(UnknownObjective, match=r"it must return a scalar, or a pair \(sum, count\)"):
+        Hessian(Objective(made.model, loss, [(X, Y)]))
+
+
+def test_a_loss_of_another_model_is_refused():
+    other = CASES["mlp"]().model
+    loss = BatchLoss(lambda model, batch: F.cross_entropy(other(batch[0]), batch[1]))
+    with pytest.raises(
+        UnknownObjective, match="the loss does not depend on any of the parameters.*not one from an outer scope"
+    ):
+        Hessian(Objective(CASES["mlp"]().model, loss, [(X, Y)]))
+
+
+def test_a_detached_loss_is_refused():
+    loss = BatchLoss(lambda model, batch: F.cross_entropy(model(batch[0]).detach(), batch[1]))
+    with pytest.raises(UnknownObjective, match="nothing in it detaches or disables gradients"):
+        Hessian(Objective(CASES["mlp"]().model, loss, [(X, Y)]))
+
+
+@pytest.mark.parametrize(
+    ("layer", "loss", "operation"),
+    [
+        (nn.EmbeddingBag(9, 3), F.cross_entropy, "embedding_bag"),
+        (nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(12, 3)), nn.MultiMarginLoss(), "multi_margin_loss"),
+    ],
+)
+def test_an_operation_without_second_derivative_is_named(layer: nn.Module, loss: Any, operation: str):
+    with pytest.raises(
+        UnsupportedModel, match=f"has no second derivative of {operation}, which the model or the loss uses. Replace"
+    ):
+        H = Hessian(Objective(layer, loss, [(classes(6, 4, num=9), classes(6, num=3))]))
+        H.matvec(torch.ones(H.n))
+
+
+def test_functional_dropout_is_found_by_its_effect():
+    """There is no module to name; the same batch gives two losses."""
+
+    class Careless(MLP):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.dropout(super().forward(input), 0.5, training=True)
+
+    for loss in (F.cross_entropy, lambda o, t: F.cross_entropy(o, t)):
+        objective = Objective(Careless([4, 5, 3]).double().eval(), loss, [(X, Y)])
+        with pytest.raises(
+            UnsupportedModel, match=r"the loss of batch 0 differs from one evaluation to the next.*model.eval\(\)"
+        ):
+            Hessian(objective)
+
+
+def test_little_noise_is_found_too():
+    """On the CPU the same function gives the same bits, so that any difference is noise."""
+
+    class Hazy(MLP):
+        def forward(self, input: Tensor) -> Tensor:
+            y = super().forward(input)
+            return y + 1e-4 * torch.randn_like(y)
+
+    with seeded():
+        model = Hazy([4, 5, 3])
+    with pytest.raises(UnsupportedModel, match="differs from one evaluation to the next"):
+        Hessian(Objective(model, F.cross_entropy, cut([5, 4], X.float(), Y)))
+
+
+def test_noise_in_a_later_batch_is_found_by_streaming():
+    class Late(MLP):
+        def forward(self, input: Tensor) -> Tensor:
+            y = super().forward(input)
+            return y + torch.randn_like(y) if len(input) == 4 else y
+
+    with seeded():
+        model = Late([4, 5, 3]).double()
+    H = Hessian(Objective(model, F.cross_entropy, cut([5, 4], X, Y)), residency="streamed")
+    with (
+        seeded(1),
+        pytest.raises(UnsupportedModel, match="the loss of batch 1 differs from one evaluation to the next"),
+    ):
+        H.matvec(normal(H.n))
+
+
+def test_a_model_that_keeps_state_is_found():
+    class Counter(MLP):
+        calls = 0.0
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.calls += 0.1
+            return super().forward(input) * (1 + self.calls)
+
+    with pytest.raises(UnsupportedModel, match="the model or the loss is random, or keeps state"):
+        Hessian(Objective(Counter([4, 5, 3]).double(), F.cross_entropy, [(X, Y)]))
+
+
+@pytest.mark.parametrize("make", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_caller_s_modes_do_not_matter(make: Callable[[], Any], engine: str):
+    """Law: the same bits under no_grad, inference mode and autocast as without."""
+    objective = CASES["mlp"]().objective()
+    outside = Hessian(objective, **ENGINES[engine])
+    v = normal(outside.n)
+    expected = outside.matvec(v)
+    with make():
+        inside = Hessian(objective, **ENGINES[engine])
+        got, mixed = inside.matvec(v), outside.matvec(v)
+    assert torch.equal(got, expected)
+    assert torch.equal(mixed, expected)
+    assert torch.equal(inside.gradient, outside.gradient)
