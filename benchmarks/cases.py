@@ -72,7 +72,16 @@ def _digits(size: int) -> tuple[Tensor, Tensor]:
     return F.interpolate(images, size=(size, size), mode="bilinear")[order], torch.tensor(digits.target)[order]
 
 
-def _trained(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, *, steps: int, rows: int, lr: float) -> nn.Module:
+def _trained(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    steps: int,
+    rows: int,
+    lr: float,
+) -> nn.Module:
     torch.manual_seed(0)
     for module in model.modules():
         if hasattr(module, "reset_parameters"):

@@ -2,9 +2,10 @@
 
     python benchmarks/eigenvalues.py [mlp resnet decoder] [--top 1 5]
 
-The truth is our own search to a residual of 1e-5 with blocks of 2, from a random start. Each contender is given its own product with its graph kept;
-eigsh is given ours, because it has none. Times are in gradients (forward and backward of the batch), setting up included. A contender whose
-result is worse than 1e-3 is run again with the next smaller tolerance; the first that is good enough is shown, with its tolerance.
+The truth is our own search to a residual of 1e-5 with blocks of 2, from a random start. Each contender is given its own product with
+its graph kept; eigsh is given ours, because it has none. Times are in gradients (forward and backward of the batch), setting up
+included. A contender whose result is worse than 1e-3 is run again with the next smaller tolerance; the first that is good enough is
+shown, with its tolerance.
 """
 
 from __future__ import annotations
@@ -45,7 +46,12 @@ class Run:
 def ours(case: Case, k: int, tolerance: float) -> Run:
     began = time.perf_counter()
     result = sharpness(case.objective(), k, tolerance=tolerance, seed=1, settings=SharpnessSettings(data_doubt=False))
-    return Run(result.eigenpairs.values.tolist(), result.products, time.perf_counter() - began, f"tolerance {tolerance:g}, certified")
+    return Run(
+        result.eigenpairs.values.tolist(),
+        result.products,
+        time.perf_counter() - began,
+        f"tolerance {tolerance:g}, certified",
+    )
 
 
 def pyhessian_run(case: Case, k: int, tolerance: float) -> Run:
@@ -84,7 +90,14 @@ def scipy_run(case: Case, k: int, tolerance: float) -> Run:
 
     start = np.random.default_rng(1).standard_normal(H.n).astype(np.float32)
     try:
-        values = eigsh(LinearOperator((H.n, H.n), matvec=multiply, dtype=np.float32), k, which="LA", tol=tolerance, v0=start, return_eigenvectors=False)
+        values = eigsh(
+            LinearOperator((H.n, H.n), matvec=multiply, dtype=np.float32),
+            k,
+            which="LA",
+            tol=tolerance,
+            v0=start,
+            return_eigenvectors=False,
+        )
     except ArpackNoConvergence as error:
         values = error.eigenvalues
     return Run(sorted(map(float, values), reverse=True), count, time.perf_counter() - began, f"tol {tolerance:g}")
@@ -135,8 +148,10 @@ def main() -> None:
                         break
                 wrong = error(found, truth)
                 verdict = f"{wrong:.1e}" + (" **fails**" if wrong > WANTED else "")
-                print(f"| {case.name} | {k} | {contender} | {found.setting} | {found.products} | {found.seconds / g:.0f} | {verdict} |", flush=True)
-        print(f"| {case.name} | | truth | largest residual {exact.residuals.max().item():.1e} | | | {', '.join(f'{v:.5g}' for v in exact.values.tolist())} |")
+                cells = (case.name, k, contender, found.setting, found.products, f"{found.seconds / g:.0f}", verdict)
+                print("|", " | ".join(map(str, cells)), "|", flush=True)
+        shown = ", ".join(f"{value:.5g}" for value in exact.values.tolist())
+        print(f"| {case.name} | | truth | largest residual {exact.residuals.max().item():.1e} | | | {shown} |")
 
 
 if __name__ == "__main__":

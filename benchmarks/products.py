@@ -2,8 +2,9 @@
 
     python benchmarks/products.py [mlp resnet decoder] [--repeats 15]
 
-Time: the contenders take turns inside one process, so that a slow spell of the machine meets all of them; the ratio of medians to the median of a
-gradient (forward and backward of the same batch). Memory: growth of the peak resident size of a fresh process, as a multiple of the gradient's.
+Time: the contenders take turns inside one process, so that a slow spell of the machine meets all of them; the ratio of medians to
+the median of a gradient (forward and backward of the same batch). Memory: growth of the peak resident size of a fresh process, as a
+multiple of the gradient's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ KINDS = ("gradient", "retained", "streamed")
 def contenders(case: Case) -> dict[str, Callable[[], object]]:
     """The functions that take turns."""
     parameters = list(case.model.parameters())
-    retained, streamed = Hessian(case.objective(), residency="retained"), Hessian(case.objective(), residency="streamed")
+    retained, streamed = (
+        Hessian(case.objective(), residency="retained"),
+        Hessian(case.objective(), residency="streamed"),
+    )
     v = torch.randn(retained.n, generator=torch.Generator().manual_seed(0))
     pieces = [piece.clone() for piece in retained.space.split(v)]
     with sdpa_kernel(SDPBackend.MATH):  # PyHessian fails on default attention
@@ -120,7 +124,8 @@ def main() -> None:
         case = CASES[name]()
         column = timed(case, arguments.repeats)
         bytes_ = {
-            kind: int(subprocess.check_output([sys.executable, __file__, name, "--peak", kind]).split()[-1]) for kind in KINDS
+            kind: int(subprocess.check_output([sys.executable, __file__, name, "--peak", kind]).split()[-1])
+            for kind in KINDS
         }
         column["gradient, peak MiB"] = bytes_["gradient"] / 2**20
         column["retained, peak"] = bytes_["retained"] / bytes_["gradient"]

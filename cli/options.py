@@ -26,7 +26,7 @@ class Bytes(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  gen
         if match and match[2].removesuffix("ytes") in units:
             try:
                 size = int(float(match[1]) * units[match[2]])
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, OverflowError):
                 size = 0
             if size > 0:
                 return size

@@ -116,7 +116,7 @@ def digits(value: float, width: float) -> str:
     """A number with the digits that an interval of this width leaves, one more, and four at least."""
     if value == 0.0 or not math.isfinite(value):
         return f"{value:g}"
-    significant = 4 if width <= 0 else math.ceil(math.log10(abs(value) / width)) + 2 if abs(value) > width else 2
+    significant = 4 if width <= 0 else math.ceil(math.log10(abs(value) / width)) + 1 if abs(value) > width else 1
     return f"{value:#.{min(max(significant, 4), 16)}g}".removesuffix(".")
 
 
@@ -137,7 +137,8 @@ def _missed(result: Sharpness) -> str:
         claims.append(f"below {pairs.lower_bound:.5g}")
     if not claims:
         return "no claim: the residual shows that there is an eigenvalue, not that none lies beyond it"
-    return f"with probability {pairs.confidence:.0%} over the random start no eigenvalue lies {' or '.join(claims)}"
+    chance = f"with probability {pairs.confidence:.0%} over the random start, and rounding as usual,"
+    return f"{chance} no eigenvalue lies {' or '.join(claims)}"
 
 
 def _data(result: Sharpness) -> list[tuple[str, str]]:
@@ -154,9 +155,11 @@ def _data(result: Sharpness) -> list[tuple[str, str]]:
         )
     if result.halves is not None:
         halves = result.halves
-        text = f"{halves.lower:.4g} held out (below the population's value on average)"
         if bool(result.eigenpairs.converged[0]):
-            text += f", {halves.in_sample:.4g} in sample (above it on average)"
+            text = f"{halves.lower:.4g} on the half held out, {halves.in_sample:.4g} in sample; for data that the weights have not seen "
+            text += "the population's value lies between them on average, for training data it can lie above both"
+        else:
+            text = f"{halves.lower:.4g} on the half held out; the value in sample has not converged and is no upper end"
         made.append(("two halves", text))
     if not made and result.stage != "complete":
         made.append(("data", "not measured yet"))

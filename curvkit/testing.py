@@ -237,8 +237,7 @@ def _state(objective: Objective) -> dict[str, object]:
         ),
         "autocast": torch.is_autocast_enabled("cpu"),
         "number of threads": torch.get_num_threads(),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "TF32": (cuda.matmul.allow_tf32, cudnn.allow_tf32),
+        "float32 precision": _precision(),
         "cuDNN": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
         "fused encoder path": torch.backends.mha.get_fastpath_enabled(),
         "attention kernels": (
@@ -259,6 +258,14 @@ def _state(objective: Objective) -> dict[str, object]:
         state[f"the mode of {name or 'the model'!r}"] = module.training
         state[f"hooks of {name or 'the model'!r}"] = _hooks(module)
     return state
+
+
+def _precision() -> list[object]:
+    """Where torch may replace float32, by the interface that can always be read; before torch 2.9 there is only the older one."""
+    layers = (torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn)
+    operators = [getattr(layer, name, None) for layer in layers for name in ("matmul", "conv", "rnn")]
+    found: list[object] = [getattr(holder, "fp32_precision", None) for holder in (*layers, *operators)]
+    return found if any(found) else [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
 
 
 def _hooks(holder: nn.Module | Tensor) -> list[tuple[str, int]]:

@@ -155,6 +155,8 @@ def surroundings(model: nn.Module) -> dict[str, Any]:
         "fastpath": torch.backends.mha.get_fastpath_enabled(),
         "attention": (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
         "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "TF32": torch.backends.cudnn.allow_tf32,
         "hooks": [
             (name, kind, list(hooks))
             for name, module in model.named_modules()

@@ -128,9 +128,7 @@ def stripped(lines: tuple[str, ...]) -> list[str]:
 def environment() -> dict[str, str]:
     """For the commands: this Python's programs first, no settings of curvkit, 100 columns, no colour."""
     kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith("CURVKIT_") and k not in ("FORCE_COLOR", "PYTHONPATH")
+        k: v for k, v in os.environ.items() if not k.startswith("CURVKIT_") and k not in ("FORCE_COLOR", "PYTHONPATH")
     }
     programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     return kept | {
@@ -165,9 +163,7 @@ def run_console(block: Block) -> None:
             raise PageError(f"line {command.line}: $ {command.text}\n(- on the page, + printed)\n{shown}")
         shows_status = i + 1 < len(asked) and asked[i + 1].text == "echo $?"
         if status and not shows_status:
-            raise PageError(
-                f"line {command.line}: $ {command.text}\nexit code {status}; follow it with '$ echo $?'"
-            )
+            raise PageError(f"line {command.line}: $ {command.text}\nexit code {status}; follow it with '$ echo $?'")
 
 
 def run_python(block: Block, page: Path, namespace: dict[str, object]) -> None:
@@ -176,9 +172,7 @@ def run_python(block: Block, page: Path, namespace: dict[str, object]) -> None:
     if len(included) == 1 and included[0] is not None:
         path = ROOT / included[0]["path"]
         if path.parent != ROOT / "examples" or not path.is_file():
-            raise PageError(
-                f"line {block.line}: {included[0]['path']} is not a file of examples/, so no test runs it"
-            )
+            raise PageError(f"line {block.line}: {included[0]['path']} is not a file of examples/, so no test runs it")
         return
     source = "\n" * (block.line - 1) + "\n".join(block.lines) + "\n"
     try:
@@ -192,9 +186,7 @@ def run(page: Path) -> None:
     """Run every block of a page, in the current directory."""
     main = types.ModuleType("__main__")
     main.__file__ = str(page)
-    sys.modules["__main__"] = (
-        main  # classes that the page defines are found where pickle and inspect look for them
-    )
+    sys.modules["__main__"] = main  # classes that the page defines are found where pickle and inspect look for them
     for block in blocks(page.read_text(encoding="utf-8")):
         if block.skipped or block.language not in RUN:
             continue

@@ -110,10 +110,7 @@ def sources(folder: Path, name: str) -> dict[str, Source]:
 def imports(source: Source) -> Iterator[Import]:
     """Every import of a file, relative ones made absolute; also `import_module` of a literal name."""
     inside = {
-        id(node)
-        for function in ast.walk(source.tree)
-        if isinstance(function, FUNCTIONS)
-        for node in ast.walk(function)
+        id(node) for function in ast.walk(source.tree) if isinstance(function, FUNCTIONS) for node in ast.walk(function)
     }
     for node in ast.walk(source.tree):
         at_top = id(node) not in inside
@@ -212,9 +209,7 @@ def extra_faults(folder: Path) -> list[str]:
                 continue
             users.setdefault(extra, set()).add(source.shown)
             if used.at_top:
-                faults.append(
-                    f"{source.shown}:{used.line}: {extra} is optional and imported outside a function"
-                )
+                faults.append(f"{source.shown}:{used.line}: {extra} is optional and imported outside a function")
     for extra, shown in users.items():
         if len(shown) > 1:
             faults.append(f"{extra} is imported in {len(shown)} files: {', '.join(sorted(shown))}")
@@ -226,9 +221,7 @@ def name_faults(folder: Path, name: str) -> list[str]:
     files, faults = sources(folder, name), []
     for source in files.values():
         if source.is_package:
-            modules = {
-                other.rpartition(".")[2] for other in files if other.rpartition(".")[0] == source.dotted
-            }
+            modules = {other.rpartition(".")[2] for other in files if other.rpartition(".")[0] == source.dotted}
             for public in sorted(modules & public_objects(source)):
                 faults.append(f"{source.shown}: {public!r} is a module and a public object")
     return faults
@@ -264,11 +257,7 @@ def law_faults(folder: Path, name: str) -> list[str]:
                 said = "assert; raise an error that says what to do"
             elif isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store):
                 held = node if isinstance(node, ast.Attribute) else node.value
-                if (
-                    isinstance(held, ast.Attribute)
-                    and held.attr == "data"
-                    and dotted_name(held.value) != "self"
-                ):
+                if isinstance(held, ast.Attribute) and held.attr == "data" and dotted_name(held.value) != "self":
                     said = "write through .data; use torch.no_grad() and copy_"
             elif isinstance(node, ast.ImportFrom):
                 if any(f"{node.module}.{alias.name}" in SEEDING for alias in node.names):
@@ -297,11 +286,7 @@ def call_fault(node: ast.Call, *, restored: bool) -> str:
         return "print; the package returns, the command line renders"
     if dotted_name(node.func) in SEEDING and not restored:
         return "moves the global random state; use curvkit.seeds"
-    if (
-        isinstance(node.func, ast.Attribute)
-        and node.func.attr.endswith("_")
-        and not node.func.attr.startswith("_")
-    ):
+    if isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_") and not node.func.attr.startswith("_"):
         held = node.func.value
         if isinstance(held, ast.Attribute) and held.attr == "data":
             return "write through .data; use torch.no_grad() and copy_"

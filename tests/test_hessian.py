@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, ENGINES, X, Y, shake
 from oracles import classes, cut, dense, linear_regression_hessian, normal, relative, seeded, softmax_regression_hessian
-from torch import nn
+from torch import Tensor, nn
 
 from curvkit.errors import InvalidArgument
 from curvkit.linalg import lanczos

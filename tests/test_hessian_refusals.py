@@ -187,16 +187,19 @@ def test_a_detached_loss_is_refused():
 @pytest.mark.parametrize(
     ("layer", "loss", "operation"),
     [
-        (nn.EmbeddingBag(9, 3), F.cross_entropy, "embedding_bag"),
-        (nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(12, 3)), nn.MultiMarginLoss(), "multi_margin_loss"),
+        (lambda: nn.EmbeddingBag(9, 3), F.cross_entropy, "embedding_bag"),
+        (
+            lambda: nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(12, 3)),
+            nn.MultiMarginLoss(),
+            "multi_margin_loss",
+        ),
     ],
 )
-def test_an_operation_without_second_derivative_is_named(layer: nn.Module, loss: Any, operation: str):
-    with pytest.raises(
-        UnsupportedModel, match=f"has no second derivative of {operation}, which the model or the loss uses. Replace"
-    ):
-        H = Hessian(Objective(layer, loss, [(classes(6, 4, num=9), classes(6, num=3))]))
-        H.matvec(torch.ones(H.n))
+def test_an_operation_without_second_derivative_is_named(layer: Callable[[], nn.Module], loss: Any, operation: str):
+    objective = Objective(layer(), loss, [(classes(6, 4, num=9), classes(6, num=3))])
+    said = f"has no second derivative of {operation}, which the model or the loss uses. Replace that operation"
+    with pytest.raises(UnsupportedModel, match=said):
+        Hessian(objective).matvec(torch.ones(objective.parameters.n))
 
 
 def test_functional_dropout_is_found_by_its_effect():

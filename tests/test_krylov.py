@@ -170,10 +170,9 @@ def test_an_error_of_the_map_is_passed_on():
             raise KeyboardInterrupt
         return w
 
-    states = []
+    states: list[lanczos.Eigenpairs] = []
     with pytest.raises(KeyboardInterrupt):
-        for pairs in search(Counted(torch.rand(50), spoil).map(), seed=0):
-            states.append(pairs)
+        states.extend(search(Counted(torch.rand(50), spoil).map(), seed=0))
     assert len(states) == 2  # what was known before is in the hands of the caller
     assert not states[-1].recomputed
 

@@ -160,9 +160,7 @@ def test_planted_command_line_import_is_found(tmp_path: Path, text: str, fault: 
 )
 def test_planted_module_name_is_found(tmp_path: Path, text: str):
     folder = plant(tmp_path, "curvkit", {"__init__.py": text, "objective.py": ""})
-    assert name_faults(folder, "curvkit") == [
-        "curvkit/__init__.py: 'objective' is a module and a public object"
-    ]
+    assert name_faults(folder, "curvkit") == ["curvkit/__init__.py: 'objective' is a module and a public object"]
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,54 @@ def test_active_dropout_is_refused():
         sharpness(Objective(model, F.cross_entropy, [examples()]), seed=0)
 
 
+class Nonsense(torch.autograd.Function):
+    """A square whose backward pass is not its derivative, so that "second derivatives" are not symmetric."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * torch.exp(ctx.saved_tensors[0].roll(1, -1))
+
+
+def test_a_wrong_derivative_is_refused():
+    class Wrong(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(Nonsense.apply(self.inner(x)))
+
+    with seeded():
+        model = Wrong()
+    with pytest.raises(
+        UnsupportedModel, match="sharpness: the products are not those of a symmetric matrix \\(u'Hv and v'Hu"
+    ):
+        sharpness(Objective(model, F.cross_entropy, [examples()]), seed=0)
+
+
+def test_a_failure_in_the_doubt_leaves_the_eigenvalues():
+    """They are certified by then; what failed is said in a note."""
+
+    class Failing(Net):
+        fails = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fails:
+                raise LookupError("no such file any more")
+            return super().forward(x)
+
+    with seeded():
+        model = Failing()
+    for found in sharpness_steps(Objective(model, F.cross_entropy, cut(ROWS, *examples())), seed=0):
+        model.fails = found.stage == "spread"
+    assert found.stage == "complete"
+    assert found.eigenpairs.all_converged
+    assert found.spread is not None
+    assert found.halves is None
+    assert found.notes == ("the doubt from data could not be measured: LookupError: no such file any more",)
+
+
 # ---- doubt from data: the spread ------------------------------------------------------------------------------------
 
 TOKENS, NEXT = classes(7, 6, num=5, seed=5), classes(7, 6, num=5, seed=6)

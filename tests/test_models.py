@@ -129,10 +129,7 @@ def test_resnet20_has_option_a():
 @pytest.mark.parametrize(("width", "hidden", "f"), [(16, None, 48), (24, None, 64), (16, 20, 20)])
 def test_decoder_parameter_count(tied, width, hidden, f):
     model = small_decoder(width=width, hidden=hidden, tied=tied)
-    assert (
-        count_of(model)
-        == (1 if tied else 2) * V * width + L * (4 * width**2 + 3 * width * f + 2 * width) + width
-    )
+    assert count_of(model) == (1 if tied else 2) * V * width + L * (4 * width**2 + 3 * width * f + 2 * width) + width
 
 
 # ResNet -----------------------------------------------------------------------------------------------------
@@ -166,18 +163,14 @@ def reference_logits(model: Decoder, tokens: Tensor) -> Tensor:
 
     width = model.embedding.embedding_dim
     head_width = width // model.heads
-    theta = torch.tensor(
-        [10_000.0 ** (-2 * i / head_width) for i in range(head_width // 2)], dtype=torch.float64
-    )
+    theta = torch.tensor([10_000.0 ** (-2 * i / head_width) for i in range(head_width // 2)], dtype=torch.float64)
     x = model.embedding.weight[tokens]  # [T, w]
     turns = torch.exp(1j * torch.arange(len(tokens))[:, None] * theta)  # [T, D/2]
     for block in model.blocks:
         z = norm(x, block.attention_norm.weight)
         heads = []
         for rows in torch.arange(width).chunk(model.heads):
-            q, k, v = (
-                z @ getattr(block.attention, part).weight[rows].T for part in ("query", "key", "value")
-            )
+            q, k, v = (z @ getattr(block.attention, part).weight[rows].T for part in ("query", "key", "value"))
             q, k = (torch.complex(*part.chunk(2, -1)) * turns for part in (q, k))
             mixed = []
             for t in range(len(tokens)):
@@ -279,9 +272,7 @@ def test_decoder_initialisation():
             continue
         residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
         expected = 0.02 / math.sqrt(6) if residual else 0.02
-        assert parameter.std().item() == pytest.approx(
-            expected, rel=5 * math.sqrt(0.5 / parameter.numel())
-        ), name
+        assert parameter.std().item() == pytest.approx(expected, rel=5 * math.sqrt(0.5 / parameter.numel())), name
 
 
 # Second derivatives -----------------------------------------------------------------------------------------
@@ -342,10 +333,7 @@ def test_resnet_can_be_differentiated_twice():
         for x in (u, v)
     )
     # Both sides are sums of n products; rounding is below n * 1.1e-16 of the product of the norms.
-    assert (
-        abs((u @ hv - v @ hu).item())
-        < len(g) * 1.1e-16 * (u.norm() * hv.norm() + v.norm() * hu.norm()).item()
-    )
+    assert abs((u @ hv - v @ hu).item()) < len(g) * 1.1e-16 * (u.norm() * hv.norm() + v.norm() * hu.norm()).item()
     assert hv.norm() > 1e-3
 
 

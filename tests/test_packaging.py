@@ -44,9 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str],
 
 
 def test_wheel_holds_exactly_the_files_of_the_folders(built: tuple[set[str], set[str], str]):
-    expected = {
-        f"{package}/{path.as_posix()}" for folder, package in FOLDERS.items() for path in files_of(folder)
-    }
+    expected = {f"{package}/{path.as_posix()}" for folder, package in FOLDERS.items() for path in files_of(folder)}
     packed = {name for name in built[1] if ".dist-info/" not in name}
     assert packed == expected
     assert "curvkit/py.typed" in packed
@@ -66,9 +64,7 @@ def test_wheel_installs_the_command(built: tuple[set[str], set[str], str]):
 
 def test_every_folder_with_python_is_a_package():
     folders = {path.parent for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    assert [
-        str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()
-    ] == []
+    assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 
 def test_version_is_the_changelog_s_newest():

@@ -185,6 +185,7 @@ def pairs(**changes: Any) -> Eigenpairs:
         "which": "largest",
         "tolerance": 1e-3,
         "scale": 3.0,
+        "asymmetry": 0.0,
         "rounding": 0.125,
         "products": 7,
     }

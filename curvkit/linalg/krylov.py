@@ -103,25 +103,24 @@ def append_block(
         if added or length <= 1e3 * breakdown:  # not yet orthogonal to its own block, or mostly cancelled
             basis.orthogonalize(row)
             length = norm(row)
-        while not length > breakdown:
+        if not length > breakdown:
             replaced = True
-            row = _random_row(basis, random)
-            length = norm(row)
+            row, length = _random_row(basis, random), 1.0
         basis.append(row.div_(length))
         added.append(row)
     return added, replaced
 
 
 def _random_row(basis: Basis, random: RandomVectors) -> Tensor:
-    """A random unit vector orthogonal to the basis; a zero vector if the draw lies too close to its span."""
-    row = random.next()
-    basis.orthogonalize(row)
-    length = norm(row)
-    if length < CLOSE:
-        return torch.zeros_like(row)
-    row /= length
-    basis.orthogonalize(row)
-    return row
+    """A random unit vector orthogonal to the basis; drawn again while it lies too close to its span."""
+    while True:
+        row = random.next()
+        basis.orthogonalize(row)
+        length = norm(row)
+        if length >= CLOSE:
+            row /= length
+            basis.orthogonalize(row)
+            return row.div_(norm(row))
 
 
 def extend(T: Tensor, columns: Tensor) -> Tensor:

@@ -94,11 +94,13 @@ def steps(
     basis, T = Basis(A.n, A.dtype, A.device, capacity=capacity.rows), torch.zeros(0, 0, dtype=torch.float64)
     eps, scale, products, count, restarts = torch.finfo(A.dtype).eps, 0.0, 0, 0, 0
     plain, chain = block_size == 1, None  # plain: T is still tridiagonal, all of it from the start vector
+    asymmetry = 0.0
     while basis.size < A.n:
         block, replaced = append_block(left, basis, BREAKDOWN * eps * scale, random)
         plain = plain and not (replaced and count > 0)
         W = A.matvec(block[0])[:, None] if len(block) == 1 else A.matmat(torch.stack(block, dim=1))  # [n, b]
         left = [w.clone() for w in W.unbind(1)]
+        del W
         products, count = products + len(block), count + 1
         columns = torch.stack([basis.orthogonalize(w) for w in left]).double().cpu()
         _check_finite(columns, products)
@@ -107,10 +109,10 @@ def steps(
         scale = theta.abs().max().item()
         chosen, spanned, inner = wanted(theta, num, which), basis.size == A.n, gram(left)
         if plain:
-            beta = inner[0, 0].item() ** 0.5
+            asymmetry = max(asymmetry, columns[0, : max(len(T) - 2, 0)].abs().amax().item() if len(T) > 2 else 0.0)
             chain = missed.tridiagonal_chain(
                 T,
-                beta if beta > BREAKDOWN * eps * scale and not spanned else 0.0,
+                0.0 if spanned else inner[0, 0].item() ** 0.5,
                 random_share=random_share,
                 n=A.n,
                 product_error=ROUNDING * eps,
@@ -127,6 +129,7 @@ def steps(
             count,
             restarts,
             spanned,
+            asymmetry,
             chain,
             basis,
             S[:, chosen],

@@ -36,6 +36,8 @@ class LanczosState:
     restarts: int
     spanned: bool
     """True: the basis spans R^n, so nothing can be missing."""
+    asymmetry: float
+    """Largest |q_i'A q_j| with j > i + 1 in the run from the start vector, zero for a symmetric matrix up to rounding; 0 for blocks."""
     chain: missed.Chain | None
     """The run from the start vector up to the first restart or breakdown, for the bounds; None for blocks."""
     basis: Basis

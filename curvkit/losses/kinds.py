@@ -113,7 +113,7 @@ class KnownLoss:
             batch: (inputs ..., targets) or a mapping.
 
         Returns:
-            The terms; for reduction="sum" the weight is 0, nothing is divided.
+            The terms; for reduction="sum" the weight is counted, too, but nothing is divided by it.
 
         Raises:
             UnknownObjective: If the model's output is not a tensor.

@@ -40,7 +40,7 @@ def of_classes(outputs: Tensor, targets: Tensor, options: Options) -> tuple[floa
         return float(count), count
     kept = targets[targets != options.get("ignore_index", -100)]
     weight = options.get("weight")
-    return (float(kept.numel()) if weight is None else weight.double()[kept].sum().item()), kept.numel()
+    return (float(kept.numel()) if weight is None else weight.double()[kept.long()].sum().item()), kept.numel()
 
 
 def of_tokens(outputs: Tensor, targets: Tensor, options: Options) -> tuple[float, int]:

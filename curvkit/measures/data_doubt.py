@@ -14,6 +14,7 @@ from curvkit.linalg import lanczos
 from curvkit.linalg.basis import dot
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian
+from curvkit.operators.plan import rows_are_independent
 
 MAX_PARTS = 8
 """A single batch is cut into this many parts at most."""
@@ -47,9 +48,11 @@ class Spread:
 class Halves:
     """A bracket of the population's largest eigenvalue, from two halves of the data.
 
-    With u_A the top eigenvector of half A, u_A' H_B u_A has, over the draw of the independent half B, the expectation
-    u_A' H u_A <= lambda_max(H) for the Hessian H of the population: a lower bound in expectation. The value in the sample is
-    biased the other way, E lambda_max(H_sample) >= lambda_max(H), because the largest eigenvalue is convex in the matrix.
+    For data that the weights have not seen. With u_A the top eigenvector of half A, u_A' H_B u_A has, over the draw of the
+    independent half B, the expectation u_A' H u_A <= lambda_max(H) for the Hessian H of the population: a lower bound in
+    expectation. The value in the sample is biased the other way, E lambda_max(H_sample) >= lambda_max(H), because the
+    largest eigenvalue is convex in the matrix. On the data that the weights were fitted to both may lie below the
+    population's value: then they compare two halves of that data, no more.
     """
 
     held_out: tuple[float, float]
@@ -61,6 +64,21 @@ class Halves:
     def lower(self) -> float:
         """Mean of the two held-out quotients: below lambda_max of the population, in expectation."""
         return sum(self.held_out) / 2
+
+
+def parts_of(objective: Objective, num: int) -> tuple[Objective, ...]:
+    """Divide the data, but a single batch only where its rows are examples of their own.
+
+    Args:
+        objective: All the data.
+        num: How many parts at most.
+
+    Returns:
+        The parts; the objective alone where rows are steps of time, nodes of a graph, or compared with each other.
+    """
+    if len(objective.batches) == 1 and not rows_are_independent(objective, objective.batches):
+        return (objective,)
+    return objective.in_parts(num)
 
 
 def spread(operator: Hessian, v: Tensor) -> Spread | None:
@@ -75,7 +93,7 @@ def spread(operator: Hessian, v: Tensor) -> Spread | None:
 
     Cost: one product; for a single batch three gradients more.
     """
-    objective, parts = operator.objective, operator.objective.in_parts(MAX_PARTS)
+    objective, parts = operator.objective, parts_of(operator.objective, MAX_PARTS)
     if len(parts) == 1:
         return None
     if len(objective.batches) == 1:
@@ -111,7 +129,7 @@ def halves(
 
     Cost: about as much again as the search on all the data.
     """
-    parts = objective.in_parts(2)
+    parts = parts_of(objective, 2)
     if len(parts) < 2:
         return
     tops: list[Tensor] = []

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+
 from curvkit import seeds
-from curvkit.errors import InvalidArgument
+from curvkit.errors import InvalidArgument, UnsupportedModel
 from curvkit.linalg import lanczos
 from curvkit.linalg.basis import norm
 from curvkit.linalg.krylov import Which
@@ -17,8 +19,10 @@ from curvkit.measures.sharpness_result import Sharpness
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian
 from curvkit.operators.plan import Residency, free_memory
-from curvkit.results import Definition
+from curvkit.results import Definition, Eigenpairs
 
+ASYMMETRY = 500.0
+"""Asymmetry above this times eps ||H|| is refused. Right networks stay far below; weight_norm has 1e3 times eps and more in float32."""
 BASIS_FRACTION = 0.25
 """Share of the free memory that the Lanczos basis may take by default."""
 
@@ -67,6 +71,7 @@ def sharpness_steps(
     start = operator.gradient if search.which != "smallest" else None
     result: Sharpness | None = None
     for pairs in lanczos.search(operator, search, start=start, seed=seed):
+        _refuse_asymmetry(pairs, operator)
         result = Sharpness(
             eigenpairs=replace(pairs, space=operator.space),
             definition=_definition(operator),
@@ -86,14 +91,18 @@ def sharpness_steps(
     if result is None or result.eigenpairs.vectors is None:
         return
     if settings.data_doubt:
-        measured = spread(operator, result.eigenpairs.vectors[:, result.leading])
-        result = replace(result, spread=measured, stage="spread", products=result.products + (measured is not None))
-        yield replace(result, seconds=time.perf_counter() - began)
-        objective = operator.objective
-        del operator  # and with it the graphs of all the data, before those of a half are made
-        for doubted in _with_halves(result, objective, replace(settings, search=search)):
-            result = replace(doubted, seconds=time.perf_counter() - began)
-            yield result
+        objective, certified = operator.objective, result
+        try:
+            measured = spread(operator, result.eigenpairs.vectors[:, result.leading])
+            result = replace(result, spread=measured, stage="spread", products=result.products + (measured is not None))
+            yield replace(result, seconds=time.perf_counter() - began)
+            del operator  # and with it the graphs of all the data, before those of a half are made
+            for doubted in _with_halves(result, objective, replace(settings, search=search)):
+                result = replace(doubted, seconds=time.perf_counter() - began)
+                yield result
+        except Exception as error:  # the user's model on a part of the data; the eigenvalues stand
+            reason = f"the doubt from data could not be measured: {type(error).__name__}: {error}"
+            result = replace(result, halves=None, notes=(*certified.notes, reason))
     yield replace(result, stage="complete", seconds=time.perf_counter() - began)
 
 
@@ -102,8 +111,8 @@ def sharpness(
     num_eigenvalues: int = 1,
     *,
     which: Which = "largest",
-    tolerance: float = 1e-3,
-    max_products: int = 500,
+    tolerance: float | None = None,
+    max_products: int | None = None,
     seed: int | None = None,
     settings: SharpnessSettings | None = None,
 ) -> Sharpness:
@@ -115,10 +124,10 @@ def sharpness(
         objective: The function: model, loss, data.
         num_eigenvalues: How many.
         which: "largest", "smallest" (algebraic), "both" ends, or largest "magnitude".
-        tolerance: Relative residual at which an eigenvalue counts as converged.
-        max_products: Budget of the search.
+        tolerance: Relative residual at which an eigenvalue counts as converged; None takes that of `settings`, 1e-3 by default.
+        max_products: Budget of the search; None takes that of `settings`, 500 by default.
         seed: Of the random part of the start vectors; None draws one and records it.
-        settings: Everything else (memory, engine, blocks, time, doubt from data); its `search` is overridden by the arguments above.
+        settings: Everything else: memory, engine, blocks, time, doubt from data.
 
     Returns:
         Eigenvalues with recomputed residuals, the doubt from the data, and the definition of what was measured.
@@ -142,7 +151,13 @@ def sharpness(
         True
     """
     settings = settings or SharpnessSettings()
-    search = replace(settings.search, num=num_eigenvalues, which=which, tolerance=tolerance, max_products=max_products)
+    search = replace(
+        settings.search,
+        num=num_eigenvalues,
+        which=which,
+        tolerance=settings.search.tolerance if tolerance is None else tolerance,
+        max_products=settings.search.max_products if max_products is None else max_products,
+    )
     *_, last = sharpness_steps(objective, replace(settings, search=search), seed=seed)
     return last
 
@@ -156,6 +171,17 @@ def _with_halves(result: Sharpness, objective: Objective, settings: SharpnessSet
     )
     for count, bracket in enumerate(brackets, start=1):
         yield replace(result, halves=bracket, stage="halves", products=before + (count + 1) // 2)
+
+
+def _refuse_asymmetry(pairs: Eigenpairs, operator: Hessian) -> None:
+    """A Hessian is symmetric; products that are not come from an operation whose second derivative is wrong."""
+    limit = ASYMMETRY * torch.finfo(operator.dtype).eps * pairs.scale
+    if pairs.asymmetry > limit:
+        raise UnsupportedModel(
+            f"sharpness: the products are not those of a symmetric matrix (u'Hv and v'Hu differ by {pairs.asymmetry:.2g}, rounding "
+            f"explains {limit:.1g}), so that torch has a wrong second derivative for something in this model: weight_norm and custom functions with "
+            "once_differentiable are known. Write the weight norm as g * v / v.norm(), or leave these parameters out by patterns."
+        )
 
 
 def _graph_budget(settings: SharpnessSettings) -> int | None:

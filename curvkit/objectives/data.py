@@ -97,7 +97,9 @@ def fingerprint(batches: Iterable[Batch]) -> str:
 
 def _once(data: Iterable[Batch], limit: int | None, seed: int = DRAW_SEED) -> tuple[Batch, ...]:
     """One pass, or its beginning, under a seed; as ordinary tensors, also inside `torch.inference_mode`."""
-    holders = (data, getattr(data, "sampler", None), getattr(data, "dataset", None))
+    batch_sampler = getattr(data, "batch_sampler", None)
+    nested = (getattr(batch_sampler, "sampler", None), getattr(data, "sampler", None), getattr(data, "dataset", None))
+    holders = {id(holder): holder for holder in (data, batch_sampler, *nested)}.values()
     generators = [g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)]
     states = [g.get_state() for g in generators]
     with _seeded(seed), torch.inference_mode(False):
@@ -153,10 +155,11 @@ def _is_map_style(data: Iterable[Batch]) -> bool:
 
 def _loader_notes(loader: DataLoader[Any]) -> list[str]:
     notes = []
-    if isinstance(loader.sampler, RandomSampler):
+    sampler: object = getattr(loader.batch_sampler, "sampler", None) or loader.batch_sampler or loader.sampler
+    if isinstance(sampler, RandomSampler):
         notes.append("the DataLoader shuffles; one draw of its batches is kept")
-    elif _is_map_style(loader) and not isinstance(loader.sampler, SequentialSampler):
-        notes.append(f"the DataLoader draws by {type(loader.sampler).__name__}; one draw of its batches is kept")
+    elif _is_map_style(loader) and not isinstance(sampler, SequentialSampler):
+        notes.append(f"the DataLoader draws by {type(sampler).__name__}; one draw of its batches is kept")
     size = _length(loader.dataset)
     if loader.drop_last and loader.batch_size and size is not None and size % loader.batch_size:
         notes.append(f"drop_last leaves {size % loader.batch_size} of {size} examples out")

@@ -103,6 +103,12 @@ class Objective:
         return self.parameters.tensors(self.model)
 
     @property
+    def floating_tensors(self) -> tuple[Tensor, ...]:
+        """All floating-point parameters and buffers of the model, frozen ones included: what a precision belongs to."""
+        everything = (*self.model.parameters(), *self.model.buffers())
+        return tuple(tensor for tensor in everything if tensor.dtype.is_floating_point)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The widest dtype among the parameters."""
         found = self.tensors[0].dtype
@@ -126,6 +132,12 @@ class Objective:
         return devices.pop()
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The model, and the loss where it is a module of the user's."""
+        own = getattr(self.loss, "module", None)
+        return (self.model,) if own is None else (self.model, own)
+
+    @property
     def mode(self) -> str:
         """Mode of the model: "eval", "train" or "mixed"."""
         return mode(self.model)
@@ -144,9 +156,13 @@ class Objective:
             UnsupportedModel: If the model is random, couples the examples of a batch, or has hooks that change gradients.
         """
         self.device  # noqa: B018  one device, or refused
-        refuse_random_modules(self.model, len(self.batches))
-        refuse_gradient_hooks(self.model)
-        with random_state(), undisturbed(self.model), exact_arithmetic(self.model):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(random_state())
+            for module in self.modules:
+                refuse_random_modules(module, len(self.batches))
+                refuse_gradient_hooks(module)
+                stack.enter_context(undisturbed(module))
+            stack.enter_context(exact_arithmetic(self.model))
             yield
 
     def terms(self, index: int) -> LossTerms:
@@ -244,12 +260,15 @@ class Objective:
             A new objective, or this one if nothing changes.
         """
         target = None if device is None else torch.device(device)
-        if (dtype is None or all(t.dtype == dtype for t in self.tensors)) and (target is None or target == self.device):
+        same = dtype is None or all(t.dtype == dtype for t in self.floating_tensors)
+        if same and (target is None or target == self.device):
             return self
         with random_state():
             model = copy.deepcopy(self.model).to(device=target, dtype=dtype)
         batches = [cast(batch, device=target, dtype=dtype) for batch in self.batches]
-        return self._with(model=model, loss=self._loss.moved(target, dtype), data=batches)
+        moved = self._with(model=model, loss=self._loss.moved(target, dtype), data=batches)
+        vars(moved)["_drawn"] = (tuple(batches), self._drawn[1])  # what is to be known of the data stays with it
+        return moved
 
     def with_batches(self, batches: Sequence[Batch]) -> Objective:
         """The same model and loss on other data.

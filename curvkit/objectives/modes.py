@@ -57,14 +57,20 @@ def refuse_random_modules(model: nn.Module, num_batches: int) -> None:
 
 
 def refuse_gradient_hooks(model: nn.Module) -> None:
-    """Refuse hooks on parameters: torch applies them to every derivative, so that a clipped gradient gives a wrong Hessian.
+    """Refuse backward hooks: torch applies them to every derivative, so that a clipped gradient gives a wrong Hessian.
 
     Args:
         model: Any module.
 
     Raises:
-        UnsupportedModel: Naming the first parameter that has one.
+        UnsupportedModel: Naming the first parameter or module that has one.
     """
+    for name, module in model.named_modules():
+        if vars(module).get("_backward_hooks") or vars(module).get("_backward_pre_hooks"):
+            raise UnsupportedModel(
+                f"Objective: the module {name or 'itself'!r} ({type(module).__name__}) has a backward hook, which would change the "
+                "derivatives. Remove it with the handle's remove()."
+            )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter._backward_hooks:
             raise UnsupportedModel(

@@ -14,6 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvkit.errors import UnsupportedModel
 
+PRECISION_SWITCHES = tuple(
+    (backend, operator)
+    for backend, operators in (("cuda", ("matmul", "conv", "rnn")), ("mkldnn", ("matmul", "conv", "rnn")))
+    for operator in operators
+)
+"""Where torch may replace float32 by TF32 or bfloat16."""
+
 
 @contextlib.contextmanager
 def random_state() -> Generator[None]:
@@ -82,7 +89,7 @@ def exact_arithmetic(model: nn.Module) -> Generator[None]:
     """Kernels that can be differentiated twice and do not round more than their dtype.
 
     Attention by the MATH backend (the fused ones have no second derivative), no fused encoder path, no autocast, gradients on, compiled
-    modules run eagerly; on CUDA no TF32, and no cuDNN for recurrent layers. All global flags are restored.
+    modules run eagerly, no TF32 or bfloat16 in place of float32, and no cuDNN for recurrent layers. All global flags are restored.
 
     Args:
         model: Decides which switches matter.
@@ -93,10 +100,11 @@ def exact_arithmetic(model: nn.Module) -> Generator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_flag_encoder_fastpath())
+        stack.enter_context(_ieee_precision())
         for kind in ("cpu", "cuda") if on_cuda else ("cpu",):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if on_cuda:
-            stack.enter_context(_ieee_on_cuda(any(isinstance(module, nn.RNNBase) for module in model.modules())))
+        if on_cuda and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(_without_cudnn())
         if any(
             type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
             for m in model.modules()
@@ -116,18 +124,38 @@ def _flag_encoder_fastpath() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _ieee_on_cuda(recurrent: bool) -> Generator[None]:
-    """TF32 off for convolutions and matrix products; cuDNN off where its recurrent layers have no second derivative."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = False
-    try:
-        with cudnn.flags(
-            enabled=cudnn.enabled and not recurrent,
-            benchmark=cudnn.benchmark,
-            deterministic=cudnn.deterministic,
-            allow_tf32=False,
-        ):
+def _ieee_precision() -> Generator[None]:
+    """Full float32 in matrix products, convolutions and recurrent layers of every backend, whatever the user chose for training.
+
+    One switch per operator, read and written through the same interface: torch refuses to read what was written through another.
+    """
+    read, write = (getattr(vars(torch)["_C"], f"_{verb}_fp32_precision_{verb}ter", None) for verb in ("get", "set"))
+    if read is None or write is None:  # before torch 2.9
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        try:
             yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
+        return
+    chosen = {switch: read(*switch) for switch in PRECISION_SWITCHES}
+    for switch in PRECISION_SWITCHES:
+        write(*switch, "ieee")
+    try:
+        yield
     finally:
-        matmul.allow_tf32 = before
+        for switch, precision in chosen.items():
+            write(*switch, precision)
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Generator[None]:
+    """Its recurrent layers have no second derivative."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before

@@ -71,7 +71,8 @@ class Hessian:
         residency: Residency | Literal["auto"] = "auto",
         budget_bytes: int | None = None,
     ) -> None:
-        if objective.dtype.itemsize < 4 or len({t.dtype for t in objective.tensors}) > 1:
+        half = any(t.dtype.itemsize < 4 for t in objective.floating_tensors)
+        if half or len({t.dtype for t in objective.tensors}) > 1:
             objective = objective.converted(dtype=torch.promote_types(objective.dtype, torch.float32))
         self.objective = objective
         self.space: ParameterSpace = objective.parameters

@@ -91,7 +91,7 @@ def choose(
             f"Hessian: budget_bytes={budget_bytes!r} must be positive. Pass the bytes that graphs may take."
         )
     budget = budget_bytes if budget_bytes is not None else int(BUDGET_FRACTION * free_memory(objective.device))
-    divisible = _rows_are_independent(objective, objective.batches[:1])
+    divisible = rows_are_independent(objective, objective.batches[:1])
     probe = objective.cut(PROBE_SHARE)[0] if divisible else objective
     scale = 1 / _share(probe.batches[0], objective.batches[0])
     largest = max(_share(batch, objective.batches[0]) for batch in objective.batches) * scale
@@ -107,7 +107,7 @@ def choose(
     parts = 1
     if chosen == "streamed" and divisible and second > 0:
         parts = max(math.ceil(second / max(first, 1)), math.ceil(2 * second * largest / budget), 1)
-        parts = parts if parts == 1 or _rows_are_independent(objective, objective.batches) else 1
+        parts = parts if parts == 1 or rows_are_independent(objective, objective.batches) else 1
     return Plan(
         chosen,
         reason,
@@ -153,11 +153,15 @@ def saved_bytes(objective: Objective, *, gradient: bool) -> int:
     return sum(seen.values())
 
 
-def _rows_are_independent(objective: Objective, batches: Sequence[Batch]) -> bool:
+def rows_are_independent(objective: Objective, batches: Sequence[Batch]) -> bool:
     """Whether the loss of each batch is the sum over its halves: what couples rows must not be cut.
 
     Rows may be steps of time, nodes of a graph, or normalised together. Coupling that does not show in the loss, because a gate is
     still zero, shows in the curvature: on a few rows that is compared, too. A model that cannot be run on half a batch couples rows.
+
+    Args:
+        objective: The function.
+        batches: Batches of it.
 
     Returns:
         False also where it cannot be known, because the terms of the loss are not.

@@ -34,6 +34,8 @@ class Eigenpairs:
     tolerance: float
     scale: float
     """Largest |eigenvalue| seen: the estimate of ||A||."""
+    asymmetry: float
+    """How far products were seen to be from those of a symmetric matrix, in the unit of `values`; 0 with blocks, where it is not seen."""
     rounding: float
     """Allowance for the rounding of a product, in the unit of `values`."""
     products: int
