@@ -578,6 +578,37 @@ def test_a_small_memory_restarts(sharpness: Typed):
     assert result(out)["eigenvalues"][0]["converged"]
 
 
+def test_what_the_loss_does_not_depend_on_is_told(sharpness: Typed):
+    torch.save({**net().state_dict(), "spare.weight": torch.ones(2, 2)}, "spare.pt")
+    Path("spare.py").write_text(
+        "import train\nfrom torch import nn\nclass Spare(train.Net):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.spare = nn.Linear(2, 2, bias=False)\n"
+        "def objective():\n    return train.curvkit.Objective(Spare(), train.F.cross_entropy, train.data)\n"
+    )
+    code, out, _ = sharpness("spare.pt", *FAST, "--objective", "spare.py:objective")
+    assert code == 0
+    assert "note\tthe loss does not depend on spare.weight: zero curvature there" in out
+
+
+def test_a_model_that_is_refused_in_eval_mode_too(sharpness: Typed):
+    Path("coupled.py").write_text(
+        "import train\nfrom torch import nn\ndef objective():\n    model = train.Net()\n"
+        "    model.drop = nn.BatchNorm1d(6, affine=False, track_running_stats=False)\n"
+        "    return train.curvkit.Objective(model, train.F.cross_entropy, train.data)\n"
+    )
+    code, out, err = sharpness("ckpt.pt", *FAST, "--objective", "coupled.py:objective")
+    assert (code, out) == (1, "")
+    assert "drop (BatchNorm1d) keeps no running statistics" in err
+    assert "--mode" not in err
+
+
+def test_ctrl_c_while_the_objective_is_made(sharpness: Typed):
+    Path("patient.py").write_text("def objective():\n    raise KeyboardInterrupt\n")
+    code, out, err = sharpness("ckpt.pt", "--objective", "patient.py:objective", "--json")
+    assert (code, out) == (130, "")
+    assert err.strip() == "Interrupted."
+
+
 # ---- formats --------------------------------------------------------------------------------------------------------
 
 

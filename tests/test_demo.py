@@ -6,6 +6,7 @@ import math
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from curvkit_cli.main import run
 from samples import PROGRAM, environment
 
 from curvkit.checkpoints import read
-from curvkit.demos import CharacterDemo
+from curvkit.demos import CharacterDemo, DemoState
 from curvkit.errors import InvalidArgument
 from curvkit.resolving import resolve
 
@@ -119,6 +120,18 @@ def test_counts_on_the_command_line(
     assert run(["demo", str(tmp_path / "run"), *arguments]) == 2
     assert text in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_before_the_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupted(self: CharacterDemo, directory: Path) -> Iterator[DemoState]:
+        yield DemoState(1, self.steps, 4.5, None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CharacterDemo, "train", interrupted)
+    assert run(["demo", str(tmp_path / "run"), "--quiet"]) == 130
+    assert capsys.readouterr() == ("", "Interrupted before the first checkpoint: nothing was saved.\n")
 
 
 def test_ctrl_c_keeps_and_lists_what_was_saved(tmp_path: Path):

@@ -178,9 +178,10 @@ def _refuse_asymmetry(pairs: Eigenpairs, operator: Hessian) -> None:
     limit = ASYMMETRY * torch.finfo(operator.dtype).eps * pairs.scale
     if pairs.asymmetry > limit:
         raise UnsupportedModel(
-            f"sharpness: the products are not those of a symmetric matrix (u'Hv and v'Hu differ by {pairs.asymmetry:.2g}, rounding "
-            f"explains {limit:.1g}), so that torch has a wrong second derivative for something in this model: weight_norm and custom functions with "
-            "once_differentiable are known. Write the weight norm as g * v / v.norm(), or leave these parameters out by patterns."
+            f"sharpness: the products are not those of a symmetric matrix (u'Hv and v'Hu differ by {pairs.asymmetry:.2g}, "
+            f"rounding explains {limit:.1g}), so that torch has a wrong second derivative for something in this model: weight_norm "
+            "and custom functions with once_differentiable are known. Write the weight norm as g * v / v.norm(), or leave these "
+            "parameters out by patterns."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy
 import pytest
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from oracles import classes, cut, fill_gradients, normal, rotated, seeded
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrizations import weight_norm
 
 from curvkit.errors import CurvkitError, InvalidArgument
 from curvkit.linalg import DenseMap, FunctionMap, LinearMap
@@ -343,3 +346,42 @@ def test_an_operator_that_leaves_a_mess_when_the_forward_pass_raises_is_found():
 
     with pytest.raises(InvalidArgument, match="a product whose forward pass raised changed: the mode of 'the model'"):
         check_operator(Untidy(objective, residency="streamed"), objective=objective)
+
+
+class Cubed(torch.autograd.Function):
+    """x^3, whose backward pass is not differentiated: torch drops that part of the second derivative without a word."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
+class WithCubes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(Cubed.apply(self.first(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["weight_norm", "once_differentiable"])
+def test_wrong_second_derivatives_of_torch_are_found(name: str, dtype: torch.dtype):
+    """Both give products without an error, and of a matrix that is not symmetric."""
+    with seeded():
+        model = (
+            WithCubes()
+            if name == "once_differentiable"
+            else nn.Sequential(weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3))
+        )
+    objective = Objective(model.to(dtype), F.cross_entropy, [(normal(8, 4, dtype=dtype), classes(8, num=3))])
+    with pytest.raises(InvalidArgument, match="'symmetric' does not hold"):
+        check_operator(Hessian(objective), objective=objective)
