@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
+# Threads that wait without spinning: on a machine with busy neighbours spinning makes torch ten times slower.
+export OMP_WAIT_POLICY ?= passive
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -30,7 +32,7 @@ demo: $(STAMP)  ## Train a small network into demo-run/ and print how sharp it i
 	@test -e demo-run/final.pt || { rm -f demo-run/step-*.pt; $(BIN)/curvkit demo demo-run; }
 	$(BIN)/curvkit sharpness demo-run/final.pt
 
-test: $(STAMP)  ## Run the tests without the slow ones (PYTEST_ARGS='-n 4' spreads them over four processes).
+test: $(STAMP)  ## Run the tests without the slow ones (two processes; PYTEST_ARGS='-n 4' for four).
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## Run every test that needs no GPU.
