@@ -207,7 +207,9 @@ def test_a_container_that_torch_does_not_load(path: Path):
 
 
 def torchscript(path: Path) -> None:
-    torch.jit.script(nn.Linear(2, 2)).save(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(nn.Linear(2, 2)).save(str(path))
 
 
 def exported(path: Path) -> None:
