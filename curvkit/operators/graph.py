@@ -83,20 +83,6 @@ def product(graphs: Sequence[GradientGraph], pieces: Sequence[Tensor], *, keep: 
         return list(torch.autograd.grad(outputs, parameters, directions, retain_graph=keep, allow_unused=True))
 
 
-def flat_gradient(graph: GradientGraph) -> list[Tensor]:
-    """The gradient itself, detached, zeros where the loss does not depend on a parameter.
-
-    Args:
-        graph: Of a batch.
-
-    Returns:
-        Parameter-shaped tensors.
-    """
-    return [
-        torch.zeros_like(p) if g is None else g.detach() for p, g in zip(graph.parameters, graph.gradient, strict=True)
-    ]
-
-
 def refuse_not_finite(objective: Objective) -> None:
     """Refuse parameters of the space that are NaN or infinite, also where the loss does not show it.
 

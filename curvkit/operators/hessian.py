@@ -17,7 +17,7 @@ from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import exact_arithmetic
 from curvkit.operators.changes import changed, fingerprint
 from curvkit.operators.folding import FoldBatchNorm
-from curvkit.operators.graph import GradientGraph, flat_gradient, product, refuse_not_finite
+from curvkit.operators.graph import GradientGraph, product, refuse_not_finite
 from curvkit.operators.plan import Plan, Residency, choose
 from curvkit.parameters import ParameterSpace
 
@@ -94,7 +94,7 @@ class Hessian:
                 weights.append(graph.weight)
                 counts.append(graph.count)
                 used = [seen or g is not None for seen, g in zip(used, graph.gradient, strict=True)]
-                gradient += self.space.join(flat_gradient(graph))
+                self._add(gradient, [None if g is None else g.detach() for g in graph.gradient])
                 if self.plan.residency == "retained":
                     graphs.append(graph)
         if not any(used):
@@ -110,7 +110,7 @@ class Hessian:
         self._denominator = objective.denominator(weights)
         self.loss = math.fsum(totals) / self._denominator
         """L itself."""
-        self.gradient = (gradient / self._denominator).to(self.dtype)
+        self.gradient = gradient.div_(self._denominator).to(self.dtype)
         """[n], the gradient of L, a by-product."""
         self.unused = tuple(name for name, seen in zip(self.space.names, used, strict=True) if not seen)
         """Parameters that the loss does not depend on; their rows and columns are zero."""
