@@ -1,0 +1,83 @@
+"""Inputs on which a plausible implementation hangs, claims too much, or gives a number that means nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from curvkit.errors import UnsupportedModel
+from curvkit.linalg import FunctionMap, lanczos
+from curvkit.measures import sharpness
+from curvkit.measures.data_doubt import parts_of
+from curvkit.models import MLP
+from curvkit.objectives import Objective
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e6, 1e12])
+def test_a_multiple_of_the_identity_at_any_scale(scale: float):
+    """Closed form: after each breakdown a new direction is taken, whatever the unit of the matrix is."""
+    pairs = lanczos.eigenpairs(FunctionMap(100, lambda v: scale * v), 3, seed=0)
+    assert pairs.values.tolist() == pytest.approx([scale] * 3, rel=1e-6)
+
+
+def test_an_outlier_hidden_in_the_remainder_of_a_breakdown():
+    """Closed form: in float32 the remainder that counts as rounding may be the missed eigenvector; the bound must say so."""
+    d = torch.ones(1_000_000)
+    d[0] = 1.001
+    for seed in range(10):
+        bound = lanczos.eigenpairs(FunctionMap(len(d), lambda v: d * v), seed=seed).upper_bound
+        assert bound is None or bound >= 1.001 * (1 - 1e-6)
+
+
+def test_wrong_second_derivatives_show_as_asymmetry():
+    """Law: torch's second derivative of weight_norm is wrong, and its products are not those of a symmetric matrix."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(weight_norm(nn.Linear(6, 20)), nn.Tanh(), weight_norm(nn.Linear(20, 3))).double()
+    x, y = draw(40, 6).double(), torch.arange(40) % 3
+    with pytest.raises(UnsupportedModel, match="not those of a symmetric matrix"):
+        sharpness(Objective(model, F.cross_entropy, [(x, y)]), seed=0)
+
+
+def test_hooks_that_change_derivatives_are_refused():
+    """Law: torch applies a module's backward hook to every derivative, so that the products would be of something else."""
+    model = MLP([4, 5, 3])
+    model[0].register_full_backward_hook(lambda module, inputs, outputs: (0.5 * inputs[0],))
+    with pytest.raises(UnsupportedModel, match="backward hook"):
+        sharpness(Objective(model, F.cross_entropy, [(draw(8, 4), torch.arange(8) % 3)]), seed=0)
+
+
+class OverTime(nn.Module):
+    """Dimension 0 of its input is time, not examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.LSTM(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0])
+
+
+def test_steps_of_time_are_not_taken_for_examples():
+    """Law: a batch whose rows depend on each other is not cut to measure the doubt from data; the result says that it is missing."""
+    objective = Objective(OverTime(), F.mse_loss, [(draw(24, 5, 3), draw(24, 5, 1, seed=1))])
+    assert len(parts_of(objective, 8)) == 1
+    result = sharpness(objective, seed=0)
+    assert result.spread is None
+    assert result.halves is None
+    assert result.stage == "complete"
+
+
+def test_half_precision_in_frozen_layers_counts():
+    """Law: a frozen bfloat16 layer would round everything behind it; the whole model is measured in float32."""
+    model = nn.Sequential(nn.Linear(4, 6).bfloat16().requires_grad_(False), nn.Tanh(), nn.Linear(6, 3).bfloat16())
+    result = sharpness(Objective(model, F.cross_entropy, [(draw(16, 4).bfloat16(), torch.arange(16) % 3)]), seed=0)
+    assert result.definition.dtype == "float32"
+    assert model[0].weight.dtype == torch.bfloat16
