@@ -36,12 +36,13 @@ def test_an_outlier_hidden_in_the_remainder_of_a_breakdown():
         assert bound is None or bound >= 1.001 * (1 - 1e-6)
 
 
-def test_wrong_second_derivatives_show_as_asymmetry():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wrong_second_derivatives_show_as_asymmetry(dtype: torch.dtype):
     """Law: torch's second derivative of weight_norm is wrong, and its products are not those of a symmetric matrix."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(weight_norm(nn.Linear(6, 20)), nn.Tanh(), weight_norm(nn.Linear(20, 3))).double()
-    x, y = draw(40, 6).double(), torch.arange(40) % 3
+        model = nn.Sequential(weight_norm(nn.Linear(6, 20)), nn.Tanh(), weight_norm(nn.Linear(20, 3))).to(dtype)
+    x, y = draw(40, 6).to(dtype), torch.arange(40) % 3
     with pytest.raises(UnsupportedModel, match="not those of a symmetric matrix"):
         sharpness(Objective(model, F.cross_entropy, [(x, y)]), seed=0)
 
