@@ -17,6 +17,7 @@ from curvkit.losses import BatchLoss
 from curvkit.models import MLP
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian
+from curvkit.operators.point import Point
 
 
 def small(**options: Any) -> Hessian:
@@ -106,6 +107,46 @@ def test_changed_parameters_outside_the_space_are_noticed(residency: str):
             ].add_(1.0)
         with pytest.raises(InvalidArgument, match="has changed since this operator was made"):
             H.matvec(normal(H.n))
+
+
+@pytest.mark.parametrize("residency", ["retained", "streamed"])
+def test_a_replaced_or_added_module_is_noticed(residency: str):
+    """The old module's parameters stay as they were; the model does not use them any more."""
+    for name, change in {
+        "linear1": lambda model: setattr(model.linear1, "extra", nn.Linear(1, 1)),
+        "": lambda model: setattr(model, "linear1", nn.Linear(3, 5)),
+    }.items():
+        H = small(residency=residency)
+        change(H.objective.model)
+        with pytest.raises(InvalidArgument, match=f"the module '{name}' has changed since"):
+            H.matvec(normal(H.n))
+
+
+def test_a_change_of_odd_bytes_is_noticed():
+    """What is compared are words of eight bytes; buffers of booleans fill them in part, and windows do not start at them."""
+    with seeded():
+        model = nn.Linear(3, 1)
+    for size in (1, 3, 8, 13, 40_000):
+        model.register_buffer("flags", torch.zeros(size, dtype=torch.bool))
+        for place in {0, size // 2 if size < 100 else 1, size - 1}:
+            point = Point(model)
+            assert point.changed() is None
+            model.flags[place] = True
+            assert point.changed() == "buffer 'flags'"
+
+
+def test_a_window_belongs_to_its_tensor_in_every_layout():
+    """Views, transposed and channels-last memory: the bytes between the first and the last element."""
+    model = nn.Module()
+    model.whole = nn.Parameter(torch.zeros(20, 30).T)
+    model.part = nn.Parameter(torch.zeros(100)[10:40:3])
+    model.image = nn.Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    for name, parameter in model.named_parameters():
+        for where in ((0,) * parameter.ndim, tuple(size - 1 for size in parameter.shape)):
+            point = Point(model)
+            assert point.changed() is None
+            parameter.data[where] += 1.0
+            assert point.changed() == f"parameter {name!r}"
 
 
 def test_the_number_of_threads_is_no_change():

@@ -15,10 +15,10 @@ from curvkit.linalg.basis import dot
 from curvkit.losses import KnownLoss
 from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import exact_arithmetic
-from curvkit.operators.changes import changed, fingerprint
 from curvkit.operators.folding import FoldBatchNorm
 from curvkit.operators.graph import GradientGraph, product, refuse_not_finite
 from curvkit.operators.plan import Plan, Residency, choose
+from curvkit.operators.point import Point
 from curvkit.parameters import ParameterSpace
 
 REPEATED = 16.0
@@ -82,7 +82,7 @@ class Hessian:
         self._parts, self._owners = objective.cut(self.plan.micro_batches)
         self.products = 0
         """Products computed so far, in passes over the data."""
-        self._fingerprint = fingerprint(objective.model)
+        self._point = Point(objective.model)
         self._retained: list[GradientGraph] | None = None
         totals, weights, counts, used = [], [], [], [False] * len(self.space.entries)
         with self._measuring():
@@ -258,7 +258,7 @@ class Hessian:
     def _check(self, V: Tensor) -> None:
         if V.ndim != 2 or V.shape[0] != self.n or V.device != self.device or V.dtype != self.dtype:
             self._refuse(V)
-        name = changed(self._fingerprint, fingerprint(self.objective.model))
+        name = self._point.changed()
         if name is not None:
             raise InvalidArgument(
                 f"Hessian: the {name} has changed since this operator was made, so that its products would mix two points. "

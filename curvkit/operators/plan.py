@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvkit import seeds
-from curvkit.errors import InvalidArgument
+from curvkit.errors import CurvkitError, InvalidArgument
 from curvkit.linalg.basis import norm
 from curvkit.losses.batches import Batch, map_tensors, rows, tensors
 from curvkit.objectives import Objective
@@ -178,24 +178,30 @@ def rows_are_independent(objective: Objective, batches: Sequence[Batch]) -> bool
                 parts = math.fsum(halves.terms(index).total.item() for index in range(len(halves.batches)))
             if not abs(total - parts) <= VALUE_ROUNDING * eps * max(abs(total), abs(parts)):
                 return False
-        few = objective.with_batches([map_tensors(lambda tensor: tensor[:4], batches[0])])
-        return _curvature_differs(few, few.cut(2)[0]) <= CURVATURE_ROUNDING * eps
     except Exception:
         return False  # its own message, if it is no matter of rows, comes when the whole batch is run
+    few = objective.with_batches([map_tensors(lambda tensor: tensor[:4], batches[0])])
+    try:
+        return _curvature_differs(few, few.cut(2)[0]) <= CURVATURE_ROUNDING * eps
+    except (CurvkitError, RuntimeError):  # from the model on so few rows, or for lack of a second derivative
+        return False
 
 
 def _curvature_differs(one: Objective, other: Objective) -> float:
     """Relative difference of two Hessian products with the same random vector, sums over the batches."""
     v = list(one.parameters.split(seeds.normal(one.parameters.n, 0, "rows", dtype=one.dtype, device=one.device)))
-    rows_of: list[Tensor] = []
+    difference, size = torch.zeros(one.parameters.n, dtype=one.dtype, device=one.device), 0.0
+    targets = list(one.parameters.split(difference))
     with one.measuring():
-        for objective in (one, other):
-            graphs = [GradientGraph.build(objective, index) for index in range(len(objective.batches))]
-            pieces = zip(product(graphs, v, keep=False), objective.tensors, strict=True)
-            rows_of.append(
-                objective.parameters.join(torch.zeros_like(p) if piece is None else piece for piece, p in pieces)
-            )
-    return norm(rows_of[0] - rows_of[1]) / max(norm(rows_of[0]), 1e-300)
+        for objective, sign in ((one, 1.0), (other, -1.0)):
+            for index in range(len(objective.batches)):
+                pieces = product([GradientGraph.build(objective, index)], v, keep=False)
+                for target, piece in zip(targets, pieces, strict=True):
+                    if piece is not None:
+                        target.add_(piece, alpha=sign)
+                del pieces
+            size = size or norm(difference)
+    return norm(difference) / max(size, 1e-300)
 
 
 def free_memory(device: torch.device) -> int:
