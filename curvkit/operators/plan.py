@@ -189,10 +189,11 @@ def rows_are_independent(objective: Objective, batches: Sequence[Batch]) -> bool
 
 def _curvature_differs(one: Objective, other: Objective) -> float:
     """Relative difference of two Hessian products with the same random vector, sums over the batches."""
-    v = list(one.parameters.split(seeds.normal(one.parameters.n, 0, "rows", dtype=one.dtype, device=one.device)))
-    difference, size = torch.zeros(one.parameters.n, dtype=one.dtype, device=one.device), 0.0
-    targets = list(one.parameters.split(difference))
+    space, size = one.parameters, 0.0
     with one.measuring():
+        v = list(space.split(seeds.normal(space.n, 0, "rows", dtype=one.dtype, device=one.device)))
+        difference = torch.zeros(space.n, dtype=one.dtype, device=one.device)
+        targets = list(space.split(difference))
         for objective, sign in ((one, 1.0), (other, -1.0)):
             for index in range(len(objective.batches)):
                 pieces = product([GradientGraph.build(objective, index)], v, keep=False)
