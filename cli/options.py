@@ -91,6 +91,7 @@ class Budget:
     max_time: float | None
     memory: int | None
     residency: str
+    float64_residuals: bool
     seed: int | None
 
 
@@ -173,6 +174,12 @@ def budget(command: Command) -> Command:
             default="auto",
             show_default=True,
             help="Keep gradient graphs, or build them for each product.",
+        ),
+        click.option(
+            "--float64-residuals/--no-float64-residuals",
+            default=True,
+            show_default=True,
+            help="Certify in float64; otherwise rounding is assumed, not seen.",
         ),
         click.option("--seed", type=click.IntRange(min=0), help="Of the random start; drawn and recorded if absent."),
     )(command)

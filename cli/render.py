@@ -95,6 +95,7 @@ def remarks(result: Sharpness) -> list[tuple[str, str]]:
         ("what", f"the {f'{count} ' if count > 1 else ''}{what} of the Hessian at this checkpoint"),
         ("definition", str(result.definition)),
         ("at", f"loss {result.loss:.6g} · gradient norm {result.gradient_norm:.3g}"),
+        *_residuals(result),
         ("missed", _missed(result)),
         *_data(result),
         ("cost", _cost(result)),
@@ -123,6 +124,16 @@ def digits(value: float, width: float) -> str:
 def listed(names: Sequence[str], most: int = 4) -> str:
     """The first few names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _residuals(result: Sharpness) -> list[tuple[str, str]]:
+    pairs = result.eigenpairs
+    if not pairs.recomputed:
+        return []
+    text = f"recomputed by products in {pairs.residual_dtype}"
+    if pairs.residual_dtype != result.definition.dtype:
+        text += f"; along the outermost eigenvector those in {result.definition.dtype} err by at most {pairs.product_error:.1g} of ||H||"
+    return [("residuals", text)]
 
 
 def _missed(result: Sharpness) -> str:

@@ -624,7 +624,19 @@ def test_plain_lines_are_the_default_off_a_terminal(sharpness: Typed):
         assert residual > 0
         assert line[5] == "converged"
     names = [line[0] for line in lines[3:]]
-    assert names == ["checkpoint", "what", "definition", "at", "missed", "data", "two halves", "cost", "engine", "note"]
+    assert names == [
+        "checkpoint",
+        "what",
+        "definition",
+        "at",
+        "residuals",
+        "missed",
+        "data",
+        "two halves",
+        "cost",
+        "engine",
+        "note",
+    ]
     assert all(len(line) == 2 for line in lines[3:])
     assert lines[4][1] == "the 2 largest (algebraic) eigenvalues of the Hessian at this checkpoint"
     assert err == "objective: train.py:objective (--objective)\n"

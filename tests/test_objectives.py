@@ -656,3 +656,18 @@ def test_the_mark_changes_nothing_else():
     assert is_objective(build)
     assert build() == 3
     assert issubclass(UnsupportedModel, CurvkitError)
+
+
+def test_half_precision_is_raised_for_the_loss_and_its_gradient():
+    """Closed form in float64 at the bfloat16 weights: the user's module stays as it is."""
+    with seeded():
+        model = nn.Linear(3, 1, bias=False).to(torch.bfloat16)
+    x, y = normal(40, 3).to(torch.bfloat16), normal(40, 1).to(torch.bfloat16)
+    made = Objective(model, F.mse_loss, [(x, y)])
+    w, X64, y64 = model.weight.detach().double(), x.double(), y.double()
+    error = X64 @ w.T - y64
+    # float32 sums of 40 terms round by 40 * 6e-8; bfloat16 would by 4e-3
+    assert made.value() == pytest.approx(error.square().mean().item(), rel=3e-6)
+    assert torch.allclose(made.gradient().double(), (2 * error.T @ X64 / 40).flatten(), rtol=3e-6, atol=1e-7)
+    assert made.gradient().dtype == torch.float32
+    assert model.weight.dtype == torch.bfloat16

@@ -92,7 +92,13 @@ def _settings(num: int, which: Any, block_size: int, data: Data, budget: Budget)
         max_seconds=budget.max_time,
     )
     residency: Any = budget.residency
-    return SharpnessSettings(search, residency=residency, memory_bytes=budget.memory, data_doubt=data.data_doubt)
+    return SharpnessSettings(
+        search,
+        residency=residency,
+        memory_bytes=budget.memory,
+        data_doubt=data.data_doubt,
+        float64_residuals=budget.float64_residuals,
+    )
 
 
 def _resolve(target: Target, data: Data, output: Output) -> Resolved:
@@ -166,13 +172,12 @@ def _measure(
 def _share(result: Sharpness, settings: SharpnessSettings) -> float:
     """Estimated share of the work done: residuals fall about geometrically, and the data doubt costs as much again."""
     of_search = 0.5 if settings.data_doubt and settings.search.which != "smallest" else 1.0
+    from curvkit.linalg import lanczos
+
     pairs = result.eigenpairs
     if result.stage == "searching":
-        worst = (
-            (pairs.residuals / (pairs.tolerance * pairs.values.abs().clamp(min=0.01 * pairs.scale) + 1e-300))
-            .max()
-            .item()
-        )
+        enough = lanczos.allowed(pairs.values, pairs.scale, pairs.tolerance).clamp(min=1e-300)
+        worst = (pairs.residuals / enough).max().item()
         missing = len(pairs.values) < settings.search.num
         share = (
             0.05

@@ -141,7 +141,12 @@ def steps(
 
 
 def search(
-    A: LinearMap, settings: Settings | None = None, *, start: Tensor | None = None, seed: int | None = None
+    A: LinearMap,
+    settings: Settings | None = None,
+    *,
+    start: Tensor | None = None,
+    seed: int | None = None,
+    reference: LinearMap | None = None,
 ) -> Iterator[Eigenpairs]:
     """Run `steps` until the residuals are small, then recompute them with true products.
 
@@ -154,6 +159,7 @@ def search(
         settings: What is wanted; None takes the defaults.
         start: [n], a direction rich in the wanted eigenvectors.
         seed: Of the random directions; None draws one.
+        reference: The same matrix in a higher precision, for the residuals; None takes A.
 
     Yields:
         Partial results with estimated residuals and no vectors, and last the result with recomputed residuals.
@@ -170,21 +176,20 @@ def search(
             "Allow more, or compute in float64."
         )
     began, spent, aim = time.monotonic(), 0, settings.tolerance
+    still = (
+        settings.block_size + settings.num + (reference is not None)
+    )  # products of one more step and its certificate
     for state in steps(A, settings, start=start, seed=seed):
         estimate = partial(A, state, settings, spent)
         yield estimate
-        last = state.spanned or estimate.products + settings.block_size + settings.num > settings.max_products
+        last = state.spanned or estimate.products + still > settings.max_products
         last = last or (settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds)
         if last or state.settled(settings.num, aim):
-            pairs = certified(A, state, estimate)
+            pairs = certified(A, state, estimate, reference=reference)
             _check_finite(pairs.residuals, pairs.products)
-            spent, aim = spent + settings.num, aim / 4
-            if (
-                last
-                or pairs.all_converged
-                or aim < settings.tolerance / 64
-                or pairs.products + settings.block_size + settings.num > settings.max_products
-            ):
+            spent, aim = pairs.products - state.products, aim / 4
+            hopeless = aim < settings.tolerance / 64 or pairs.products + still > settings.max_products
+            if last or pairs.all_converged or hopeless:
                 yield pairs
                 return
 

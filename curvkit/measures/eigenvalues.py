@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -10,14 +11,14 @@ from typing import Literal
 import torch
 
 from curvkit import seeds
-from curvkit.errors import InvalidArgument, UnsupportedModel
+from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
 from curvkit.linalg import lanczos
 from curvkit.linalg.basis import norm
 from curvkit.linalg.krylov import Which
 from curvkit.measures.data_doubt import halves, spread
 from curvkit.measures.sharpness_result import Sharpness
 from curvkit.objectives import Objective
-from curvkit.operators import Hessian
+from curvkit.operators import DoubleHessian, Hessian
 from curvkit.operators.plan import Residency, free_memory
 from curvkit.results import Definition, Eigenpairs
 
@@ -38,6 +39,8 @@ class SharpnessSettings:
     """For graphs and basis, half each; None: half and a quarter of the memory that is free."""
     data_doubt: bool = True
     """Also measure how far the result depends on the sample."""
+    float64_residuals: bool = True
+    """Recompute residuals by products in float64, where the objective runs in it; else by the products of the search."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -70,8 +73,9 @@ def sharpness_steps(
     operator = Hessian(objective, residency=settings.residency, budget_bytes=_graph_budget(settings))
     search = replace(settings.search, max_rows=_rows(operator, settings))
     start = operator.gradient if search.which != "smallest" else None
+    reference, doubts = _reference(operator, settings)
     result: Sharpness | None = None
-    for pairs in lanczos.search(operator, search, start=start, seed=seed):
+    for pairs in lanczos.search(operator, search, start=start, seed=seed, reference=reference):
         _refuse_asymmetry(pairs, operator)
         result = Sharpness(
             eigenpairs=replace(pairs, space=operator.space),
@@ -81,14 +85,15 @@ def sharpness_steps(
             spread=None,
             halves=None,
             stage="searching",
-            plan=operator.plan,
+            plan=replace(operator.plan, basis_rows=search.max_rows),
             seed=seed,
             seconds=time.perf_counter() - began,
             products=pairs.products,
             unused=operator.unused,
-            notes=objective.notes,
+            notes=(*objective.notes, *doubts),
         )
         yield result
+    del reference
     if result is None or result.eigenpairs.vectors is None:
         return
     if settings.data_doubt:
@@ -102,6 +107,8 @@ def sharpness_steps(
                 result = replace(doubted, seconds=time.perf_counter() - began)
                 yield result
         except Exception as error:  # the user's model on a part of the data; the eigenvalues stand
+            if _is_our_fault(error):
+                raise
             reason = f"the doubt from data could not be measured: {type(error).__name__}: {error}"
             result = replace(result, halves=None, notes=(*certified.notes, reason))
     yield replace(result, stage="complete", seconds=time.perf_counter() - began)
@@ -190,6 +197,28 @@ def _graph_budget(settings: SharpnessSettings) -> int | None:
     return None if settings.memory_bytes is None else settings.memory_bytes // 2
 
 
+def _reference(operator: Hessian, settings: SharpnessSettings) -> tuple[DoubleHessian | None, tuple[str, ...]]:
+    """The same matrix in float64, and a note where there is none."""
+    if not settings.float64_residuals or operator.dtype == torch.float64:
+        return None, ()
+    try:
+        return DoubleHessian(operator), ()
+    except UnsupportedModel as error:
+        return None, (f"residuals are of {_named(operator.dtype)} products, whose rounding is assumed: {error}",)
+
+
+def _is_our_fault(error: Exception) -> bool:
+    """Whether something other than a refusal was raised in curvkit's own lines, not in the model, the loss or torch."""
+    if isinstance(error, CurvkitError):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "curvkit"
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _rows(operator: Hessian, settings: SharpnessSettings) -> int:
     budget = (
         settings.memory_bytes // 2
@@ -213,6 +242,6 @@ def _definition(operator: Hessian) -> Definition:
         batches=len(objective.batches),
         parameters=operator.n,
         mode=objective.mode,
-        dtype=str(operator.dtype).removeprefix("torch."),
+        dtype=_named(operator.dtype),
         attention=operator.plan.attention,
     )

@@ -71,6 +71,8 @@ class Sharpness:
                     for value, interval, residual, converged in rows
                 ],
                 "residuals_recomputed": pairs.recomputed,
+                "residuals_dtype": pairs.residual_dtype,
+                "product_error": pairs.product_error,
                 "tolerance": pairs.tolerance,
                 "upper_bound": pairs.upper_bound,
                 "lower_bound": pairs.lower_bound,

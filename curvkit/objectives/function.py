@@ -219,35 +219,47 @@ class Objective:
         return total
 
     def value(self) -> float:
-        """L, the loss itself.
+        """L, the loss itself, computed as `raised`.
 
         Returns:
             A Python float.
 
         Cost: one forward pass over the data.
         """
-        with self.measuring(), torch.no_grad():
-            terms = [self.terms(index) for index in range(len(self.batches))]
-        return math.fsum(t.total.item() for t in terms) / self.denominator([t.weight for t in terms])
+        it = self.raised()
+        with it.measuring(), torch.no_grad():
+            terms = [it.terms(index) for index in range(len(it.batches))]
+        return math.fsum(t.total.item() for t in terms) / it.denominator([t.weight for t in terms])
 
     def gradient(self) -> Tensor:
-        """The gradient of L.
+        """The gradient of L, computed as `raised`.
 
         Returns:
             [n], in the order of `parameters`.
 
         Cost: one gradient over the data.
         """
-        weights = []
-        with self.measuring():
-            total = torch.zeros(self.parameters.n, dtype=self.dtype, device=self.device)
-            for index in range(len(self.batches)):
-                terms = self.terms(index)
+        it, weights = self.raised(), []
+        with it.measuring():
+            total = torch.zeros(it.parameters.n, dtype=it.dtype, device=it.device)
+            for index in range(len(it.batches)):
+                terms = it.terms(index)
                 weights.append(terms.weight)
                 if terms.total.requires_grad:  # else the batch does not depend on the parameters
-                    pieces = torch.autograd.grad(terms.total, self.tensors, materialize_grads=True)
-                    total += self.parameters.join(pieces)
-        return total / self.denominator(weights)
+                    pieces = torch.autograd.grad(terms.total, it.tensors, materialize_grads=True)
+                    total += it.parameters.join(pieces)
+        return total / it.denominator(weights)
+
+    def raised(self) -> Objective:
+        """The precision that is computed in: half precision raised to float32, mixed parameters to the widest of them.
+
+        Returns:
+            A copy's objective, or this one if its model has one dtype of at least float32.
+        """
+        half = any(tensor.dtype.itemsize < 4 for tensor in self.floating_tensors)
+        if half or len({tensor.dtype for tensor in self.tensors}) > 1:
+            return self.converted(dtype=torch.promote_types(self.dtype, torch.float32))
+        return self
 
     def converted(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Objective:
         """The same function of a copy of the model in another dtype or on another device; the user's module does not move.

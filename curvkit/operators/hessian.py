@@ -17,7 +17,7 @@ from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import exact_arithmetic
 from curvkit.operators.folding import FoldBatchNorm
 from curvkit.operators.graph import GradientGraph, product, refuse_not_finite
-from curvkit.operators.plan import Plan, Residency, choose
+from curvkit.operators.plan import Plan, Residency, choose, fitting
 from curvkit.operators.point import Point
 from curvkit.parameters import ParameterSpace
 
@@ -44,9 +44,10 @@ class Hessian:
         objective: The function. A model with half-precision parameters is measured as a float32 copy.
         residency: "retained", "streamed", or "auto" by the memory budget.
         budget_bytes: Memory for graphs; None takes half of what is free.
+        plan: An earlier plan, to repeat its products bit for bit; then the two options before have no say.
 
     Raises:
-        InvalidArgument: If an option is out of range.
+        InvalidArgument: If an option is out of range, or the plan is for another dtype, device or number of threads.
         UnsupportedModel: If the objective is random, or the loss differs between two evaluations.
         UnknownObjective: If the loss depends on no parameter.
         CurvkitError: If the loss is not finite.
@@ -70,15 +71,16 @@ class Hessian:
         *,
         residency: Residency | Literal["auto"] = "auto",
         budget_bytes: int | None = None,
+        plan: Plan | None = None,
     ) -> None:
-        half = any(t.dtype.itemsize < 4 for t in objective.floating_tensors)
-        if half or len({t.dtype for t in objective.tensors}) > 1:
-            objective = objective.converted(dtype=torch.promote_types(objective.dtype, torch.float32))
+        objective = objective.raised()
         self.objective = objective
         self.space: ParameterSpace = objective.parameters
         self.n, self.dtype, self.device = self.space.n, objective.dtype, objective.device
         refuse_not_finite(objective)
-        self.plan: Plan = choose(objective, residency=residency, budget_bytes=budget_bytes)
+        if plan is None:
+            plan = choose(objective, residency=residency, budget_bytes=budget_bytes)
+        self.plan: Plan = fitting(plan, objective)
         self._parts, self._owners = objective.cut(self.plan.micro_batches)
         self.products = 0
         """Products computed so far, in passes over the data."""
@@ -191,6 +193,21 @@ class Hessian:
         kept = [index for index, weight in enumerate(weights) if weight > 0.0]
         return [sums[i] / weights[i] for i in kept], [weights[i] for i in kept]
 
+    def refuse_moved(self) -> None:
+        """Check that the parameters are still those of the construction.
+
+        Raises:
+            InvalidArgument: If one has changed.
+
+        Cost: next to nothing, see `Point`.
+        """
+        name = self._point.changed()
+        if name is not None:
+            raise InvalidArgument(
+                f"Hessian: the {name} has changed since this operator was made, so that its products would mix two points. "
+                "Make a new Hessian(objective) for the new parameters."
+            )
+
     @property
     def _sum_dtype(self) -> torch.dtype:
         return torch.float64 if len(self._parts.batches) >= MANY_BATCHES else self.dtype
@@ -258,12 +275,7 @@ class Hessian:
     def _check(self, V: Tensor) -> None:
         if V.ndim != 2 or V.shape[0] != self.n or V.device != self.device or V.dtype != self.dtype:
             self._refuse(V)
-        name = self._point.changed()
-        if name is not None:
-            raise InvalidArgument(
-                f"Hessian: the {name} has changed since this operator was made, so that its products would mix two points. "
-                "Make a new Hessian(objective) for the new parameters."
-            )
+        self.refuse_moved()
 
     def _refuse(self, V: Tensor) -> NoReturn:
         raise InvalidArgument(

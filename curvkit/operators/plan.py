@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -46,12 +46,16 @@ class Plan:
     """Parts into which each batch is cut while streaming; 1 leaves it whole."""
     graph_bytes: int
     """Estimate of what the second-order graphs of all batches hold, scaled from the first rows."""
+    batch_bytes: int
+    """The same for the largest batch alone."""
     budget_bytes: int
     rule: str = "reverse over reverse"
     attention: str = "math"
     threads: int = 1
     dtype: str = "float32"
     device: str = "cpu"
+    basis_rows: int | None = None
+    """Vectors that a search for eigenvalues may hold; None where there is none."""
 
     def __str__(self) -> str:
         """One line for people."""
@@ -113,11 +117,32 @@ def choose(
         reason,
         parts,
         held,
+        int(second * largest),
         budget,
-        threads=torch.get_num_threads(),
-        dtype=str(objective.dtype).removeprefix("torch."),
-        device=str(objective.device),
+        **_surroundings(objective),
     )
+
+
+def fitting(plan: Plan, objective: Objective) -> Plan:
+    """Check that a plan gives the same bits here.
+
+    Args:
+        plan: Made earlier, perhaps in another process.
+        objective: What it shall be used for.
+
+    Returns:
+        The plan itself.
+
+    Raises:
+        InvalidArgument: If it is for another dtype, device or number of threads.
+    """
+    for name, here in _surroundings(objective).items():
+        if getattr(plan, name) != here:
+            raise InvalidArgument(
+                f"Hessian: the plan is for {name}={getattr(plan, name)!r}, here it is {here!r}, so that sums would round in another way. "
+                "Restore that, or leave plan out for a new one."
+            )
+    return plan
 
 
 def saved_bytes(objective: Objective, *, gradient: bool) -> int:
@@ -232,6 +257,12 @@ def free_memory(device: torch.device) -> int:
     except (OSError, ValueError):
         pass  # no control group, or "max"
     return max(free, 1)
+
+
+def _surroundings(objective: Objective) -> dict[str, Any]:
+    """What rounding depends on beside the plan's own choices."""
+    dtype, device = str(objective.dtype).removeprefix("torch."), str(objective.device)
+    return {"threads": torch.get_num_threads(), "dtype": dtype, "device": device}
 
 
 def _share(this: Batch, reference: Batch) -> float:

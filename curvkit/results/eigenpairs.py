@@ -37,7 +37,7 @@ class Eigenpairs:
     asymmetry: float
     """How far products were seen to be from those of a symmetric matrix, in the unit of `values`; 0 with blocks, where it is not seen."""
     rounding: float
-    """Allowance for the rounding of a product, in the unit of `values`."""
+    """Allowance for the rounding of a product in `residual_dtype`, in the unit of `values`."""
     products: int
     """Products with A in all, those for the residuals included."""
     upper_bound: float | None = None
@@ -49,6 +49,11 @@ class Eigenpairs:
     multiplicities_below: int = 1
     """An eigenvalue that is listed fewer times than this, and beyond which another one is listed, has that multiplicity; 1 claims
     nothing."""
+    residual_dtype: str = "float32"
+    """Precision of the products that the residuals were recomputed with."""
+    product_error: float = 0.0
+    """Error of the search's products relative to ||A|| that the bounds allow for; measured on the outermost vector where the residuals
+    are of a higher precision, else assumed."""
     asked: int = 1
     """How many eigenvalues were wanted; fewer are listed if the budget ended before so many were seen."""
     space: ParameterSpace | None = None
