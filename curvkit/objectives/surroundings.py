@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvkit.errors import UnsupportedModel
 
@@ -20,6 +19,14 @@ PRECISION_SWITCHES = tuple(
     for operator in operators
 )
 """Where torch may replace float32 by TF32 or bfloat16."""
+ATTENTION_SWITCHES = (
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp, False),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp, False),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp, True),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
+)
+"""Attention by the MATH kernels, which hold on the CPU, too, whatever the name says; no fused encoder layer."""
 
 
 @contextlib.contextmanager
@@ -95,14 +102,18 @@ def exact_arithmetic(model: nn.Module) -> Generator[None]:
         model: Decides which switches matter.
     """
     on_cuda = any(p.device.type == "cuda" for p in model.parameters())
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_flag_encoder_fastpath())
+    with (
+        contextlib.ExitStack() as stack
+    ):  # beside a product of a small model each context counts: only those that change something
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
+        stack.enter_context(_switched(ATTENTION_SWITCHES))
         stack.enter_context(_ieee_precision())
         for kind in ("cpu", "cuda") if on_cuda else ("cpu",):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         if on_cuda and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(_without_cudnn())
         if any(
@@ -114,13 +125,16 @@ def exact_arithmetic(model: nn.Module) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _flag_encoder_fastpath() -> Generator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _switched(switches: tuple[tuple[Callable[[], bool], Callable[[bool], None], bool], ...]) -> Generator[None]:
+    """Set global flags and restore those that were otherwise: (read, write, wanted)."""
+    changed = [(write, wanted) for read, write, wanted in switches if read() is not wanted]
+    for write, wanted in changed:
+        write(wanted)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        for write, wanted in changed:
+            write(not wanted)
 
 
 @contextlib.contextmanager
@@ -141,12 +155,13 @@ def _ieee_precision() -> Generator[None]:
             torch.backends.cudnn.allow_tf32 = before[1]
         return
     chosen = {switch: read(*switch) for switch in PRECISION_SWITCHES}
-    for switch in PRECISION_SWITCHES:
+    changed = {switch: precision for switch, precision in chosen.items() if precision != "ieee"}
+    for switch in changed:
         write(*switch, "ieee")
     try:
         yield
     finally:
-        for switch, precision in chosen.items():
+        for switch, precision in changed.items():
             write(*switch, precision)
 
 
