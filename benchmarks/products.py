@@ -1,16 +1,17 @@
-"""What a Hessian product costs in gradients, retained and streamed, beside PyHessian; and the memory of each.
+"""What products with Hessian and GGN cost in gradients, retained and streamed, beside PyHessian and curvlinops; and the memory of each.
 
     python benchmarks/products.py [mlp resnet decoder] [--repeats 15]
 
 Time: the contenders take turns inside one process, so that a slow spell of the machine meets all of them; the ratio of medians to
 the median of a gradient (forward and backward of the same batch). Memory: growth of the peak resident size of a fresh process, as a
-multiple of the gradient's.
+multiple of the gradient's. "fails" stands for a contender that raises on a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -20,15 +21,18 @@ import warnings
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from cases import CASES, Case
+from curvlinops import GGNLinearOperator, HessianLinearOperator
 from pyhessian import hessian as pyhessian_operator
 from pyhessian.utils import hessian_vector_product
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvkit.operators import Hessian
+from curvkit.operators import GGN, Hessian
 
 warnings.filterwarnings("ignore")
-KINDS = ("gradient", "retained", "streamed")
+KINDS = ("gradient", "retained", "streamed", "GGN retained", "GGN streamed")
 
 
 def contenders(case: Case) -> dict[str, Callable[[], object]]:
@@ -39,6 +43,7 @@ def contenders(case: Case) -> dict[str, Callable[[], object]]:
         Hessian(case.objective(), residency="streamed"),
     )
     v = torch.randn(retained.n, generator=torch.Generator().manual_seed(0))
+    ggn = {residency: GGN(case.objective(), residency=residency) for residency in ("retained", "streamed")}
     pieces = [piece.clone() for piece in retained.space.split(v)]
     with sdpa_kernel(SDPBackend.MATH):  # PyHessian fails on default attention
         single = pyhessian_operator(case.model, case.loss, data=(case.x, case.y), cuda=False)
@@ -48,18 +53,34 @@ def contenders(case: Case) -> dict[str, Callable[[], object]]:
         with sdpa_kernel(SDPBackend.MATH):
             return loader.dataloader_hv_product(pieces)
 
+    def linops_product(kind: type) -> Callable[[], object]:
+        loss = nn.CrossEntropyLoss() if case.loss is F.cross_entropy else case.loss
+        with sdpa_kernel(SDPBackend.MATH):
+            operator = kind(case.model, loss, parameters, [(case.x, case.y)], check_deterministic=False)
+
+        def product() -> object:
+            with sdpa_kernel(SDPBackend.MATH):
+                return operator @ v
+
+        return product
+
     return {
         "gradient": lambda: torch.autograd.grad(case.value(), parameters),
         "curvkit, retained": lambda: retained.matvec(v),
         "curvkit, streamed": lambda: streamed.matvec(v),
         "PyHessian, one batch": lambda: hessian_vector_product(single.gradsH, single.params, pieces),
         "PyHessian, loader": loader_product,
+        "curvlinops, Hessian": linops_product(HessianLinearOperator),
+        "curvkit, GGN retained": lambda: ggn["retained"].matvec(v),
+        "curvkit, GGN streamed": lambda: ggn["streamed"].matvec(v),
+        "curvlinops, GGN": linops_product(GGNLinearOperator),
     }
 
 
 def timed(case: Case, repeats: int) -> dict[str, float]:
     """Median time of each contender, in medians of a gradient."""
-    functions = contenders(case)
+    everyone = contenders(case)
+    functions = {name: function for name, function in everyone.items() if _runs(function)}
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 2):
         for name, function in functions.items():
@@ -69,11 +90,22 @@ def timed(case: Case, repeats: int) -> dict[str, float]:
                 times[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in times.items()}
     minima = {name: min(values) for name, values in times.items()}
+    nan = float("nan")
     return {
         "gradient, ms": 1e3 * medians["gradient"],
-        **{name: medians[name] / medians["gradient"] for name in functions if name != "gradient"},
-        **{f"{name} (minima)": minima[name] / minima["gradient"] for name in functions if name != "gradient"},
+        **{name: medians.get(name, nan) / medians["gradient"] for name in everyone if name != "gradient"},
+        **{f"{name} (minima)": minima.get(name, nan) / minima["gradient"] for name in everyone if name != "gradient"},
     }
+
+
+def _runs(function: Callable[[], object]) -> bool:
+    """Peers do not differentiate every model."""
+    try:
+        function()
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        print(f"fails: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
 
 
 def peak(kind: str, name: str) -> int:
@@ -90,7 +122,8 @@ def peak(kind: str, name: str) -> int:
         for _ in range(2):
             torch.autograd.grad(case.value(), parameters)
     else:
-        operator = Hessian(case.objective(), residency=kind)
+        matrix, residency = (GGN, kind.split()[1]) if kind.startswith("GGN ") else (Hessian, kind)
+        operator = matrix(case.objective(), residency=residency)
         for _ in range(2):
             operator.matvec(v)
     del before
@@ -108,6 +141,10 @@ def _release() -> None:
 
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _shown(value: float) -> str:
+    return "fails" if math.isnan(value) else f"{value:.2f}"
 
 
 def main() -> None:
@@ -128,14 +165,13 @@ def main() -> None:
             for kind in KINDS
         }
         column["gradient, peak MiB"] = bytes_["gradient"] / 2**20
-        column["retained, peak"] = bytes_["retained"] / bytes_["gradient"]
-        column["streamed, peak"] = bytes_["streamed"] / bytes_["gradient"]
+        column.update({f"{kind}, peak": bytes_[kind] / bytes_["gradient"] for kind in KINDS[1:]})
         columns[f"{case.name}: {case.shape}"] = column
     names = list(next(iter(columns.values())))
     print("| |", " | ".join(columns), "|")
     print("|---|" + "---|" * len(columns))
     for name in names:
-        print(f"| {name} |", " | ".join(f"{column[name]:.2f}" for column in columns.values()), "|")
+        print(f"| {name} |", " | ".join(_shown(column[name]) for column in columns.values()), "|")
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": arguments.repeats}))
 
 

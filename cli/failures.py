@@ -17,8 +17,42 @@ OWN = (PACKAGE, Path(__file__).resolve().parent)
 INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib"))
 EVALUATION = PACKAGE / "objectives" / "function.py"
 """Where model and loss are called: what is raised below is theirs, or the data's."""
+EVALUATING = ("terms", "terms_of", "outputs")
+"""In these methods."""
 FACTORIES = PACKAGE / "resolving" / "factories.py"
 """Where the user's function is imported and called."""
+SPEAKERS = re.compile(r"(lanczos|sharpness|trace|GGN|\w*Hessian|CharacterDemo|demo): |(?=seed=)")
+"""How messages begin that speak of arguments for which the command has flags."""
+FLAGS = {
+    "num": "--num",
+    "which": "--which",
+    "block_size": "--block-size",
+    "tolerance": "--tolerance",
+    "max_products": "--max-products",
+    "max_seconds": "--max-time",
+    "memory_bytes": "--memory",
+    "budget_bytes": "--memory",
+    "residency": "--residency",
+    "seed": "--seed",
+    "rounding": "--rounding",
+    "method": "--method",
+    "rank": "--rank",
+    "absolute_tolerance": "--absolute-tolerance",
+    "steps": "--steps",
+    "saves": "--saves",
+}
+"""Argument in Python -> flag of the command."""
+ASSIGNMENT = re.compile(r"\b(\w+)=('[^']*')?")
+PHRASES = {
+    "the memory budget": "the memory budget (--memory)",
+    "Raise the budget, or ask for fewer eigenvalues": "Raise --memory, or ask for fewer eigenvalues by --num",
+    "Ask for fewer eigenvalues": "Ask for fewer eigenvalues by --num",
+    "the order of the matrix": "the number of parameters",
+    "compute in float64": "compute with --dtype float64",
+    ", or None for one drawn from the system": "; without the flag one is drawn",
+    "out by patterns": "out by --params",
+}
+"""Advice for Python -> advice for the command."""
 EXHAUSTED = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 """How torch says that memory ran out, on any device."""
 
@@ -62,13 +96,30 @@ def show(error: Exception) -> None:
         say("This is not an error that curvkit expects; please report it with the lines above.")
 
 
+def as_typed(error: BaseException) -> str:
+    """The text of an error in the words of the command: flags instead of Python's arguments, without the name of who refused."""
+    text = str(error)
+    speaker = SPEAKERS.match(text)
+    if speaker is None:
+        return text
+    text = ASSIGNMENT.sub(_flagged, text[speaker.end() :])
+    for phrase, said in PHRASES.items():
+        text = text.replace(phrase, said)
+    return text
+
+
+def _flagged(found: re.Match[str]) -> str:
+    """`tolerance=2.0` as `--tolerance 2.0`, `method='exact'` as `--method exact`."""
+    return f"{FLAGS[found[1]]} {(found[2] or '').strip(chr(39))}" if found[1] in FLAGS else found[0]
+
+
 def while_evaluating(error: BaseException) -> bool:
     """Whether model or loss were being called."""
     return any(_is_evaluation(frame) for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _is_evaluation(frame: traceback.FrameSummary) -> bool:
-    return frame.name == "terms" and Path(frame.filename).resolve() == EVALUATION
+    return frame.name in EVALUATING and Path(frame.filename).resolve() == EVALUATION
 
 
 def _users_frames(error: BaseException) -> list[traceback.FrameSummary]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -19,8 +20,9 @@ from curvkit.errors import (
 from . import failures
 from .commands.demo import demo
 from .commands.sharpness import sharpness
+from .commands.trace import trace
 from .failures import say
-from .interrupts import INTERRUPTED
+from .interrupts import INTERRUPTED, Interrupted, conclude, watched
 
 DONE, FAILED, USAGE, UNKNOWN_OBJECTIVE, REFUSED, NOT_CONVERGED = 0, 1, 2, 3, 4, 5
 EXIT_CODES: dict[type[BaseException], int] = {
@@ -39,7 +41,18 @@ SPIN_COUNT = "5000"
 checkpoint's sharpness take 104 s instead of 3; so it is 3 s alone, and about 10 beside them."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CURVKIT"})
+class Commands(click.Group):
+    """Commands whose Ctrl-C ends in one line of ours; click would print an empty one before it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was typed."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CURVKIT"})
 @click.version_option(package_name="curvkit", message="curvkit %(version)s")
 def curvkit() -> None:
     """Curvature of trained PyTorch models, with error bars.
@@ -47,6 +60,7 @@ def curvkit() -> None:
     \b
     curvkit demo demo-run                   train a small model and save checkpoints
     curvkit sharpness demo-run/final.pt     how sharp is it?
+    curvkit trace demo-run/final.pt         how much curvature in all, and in which layer?
 
     Exit codes: 0 done, 1 failed while running, 2 typed wrong, 3 model, loss or data unknown or not fitting, 4 file refused or
     damaged, 5 not converged (with --strict), 130 interrupted.
@@ -54,6 +68,7 @@ def curvkit() -> None:
 
 
 curvkit.add_command(sharpness)
+curvkit.add_command(trace)
 curvkit.add_command(demo)
 
 
@@ -61,7 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    with watched():
+        code = run(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -69,8 +86,8 @@ def run(arguments: list[str]) -> int:
     try:
         result = curvkit.main(args=arguments, prog_name="curvkit", standalone_mode=False, obj=tuple(arguments))
         sys.stdout.flush()
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        say("Interrupted.")
+    except (click.exceptions.Abort, KeyboardInterrupt, Interrupted):
+        conclude("Interrupted.")
         return INTERRUPTED
     except click.ClickException as error:
         error.show()
@@ -79,7 +96,7 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except CurvkitError as error:
-        say(f"Error: {error}")
+        say(f"Error: {failures.as_typed(error)}")
         if isinstance(error, InvalidArgument) and failures.while_evaluating(error):
             return UNKNOWN_OBJECTIVE  # raised by the model or the loss on this data, not by what was typed
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))

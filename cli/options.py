@@ -91,7 +91,23 @@ class Budget:
     max_time: float | None
     memory: int | None
     residency: str
-    float64_residuals: bool
+    rounding: str
+    preflight: bool
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a sampled number is computed, how exactly, and at what cost."""
+
+    method: str
+    tolerance: float
+    absolute_tolerance: float | None
+    rank: int | None
+    max_products: int
+    max_time: float | None
+    memory: int | None
+    residency: str
     seed: int | None
 
 
@@ -105,6 +121,18 @@ class Output:
     strict: bool
     quiet: bool
     color: str
+
+
+BATCHES = click.option("--batches", type=click.IntRange(min=1), metavar="N", help="Use only the first N batches.")
+MAX_TIME = click.option("--max-time", type=Seconds(), metavar="TIME", help="Stop a search after this time, e.g. 60s.")
+MEMORY = click.option("--memory", type=Bytes(), metavar="SIZE", help="For graphs and basis together, e.g. 4GiB.")
+RESIDENCY = click.option(
+    "--residency",
+    type=click.Choice(["auto", "retained", "streamed"]),
+    default="auto",
+    show_default=True,
+    help="Keep gradient graphs, or build them for each product.",
+)
 
 
 def target(command: Command) -> Command:
@@ -143,7 +171,7 @@ def data(command: Command) -> Command:
     """The data."""
     return _group(
         Data,
-        click.option("--batches", type=click.IntRange(min=1), metavar="N", help="Use only the first N batches."),
+        BATCHES,
         click.option(
             "--data-doubt/--no-data-doubt",
             default=True,
@@ -166,22 +194,61 @@ def budget(command: Command) -> Command:
             type=click.IntRange(min=2),
             help="Most Hessian products of the search.  [default: 500, or 20 per eigenvalue]",
         ),
-        click.option("--max-time", type=Seconds(), metavar="TIME", help="Stop a search after this time, e.g. 60s."),
-        click.option("--memory", type=Bytes(), metavar="SIZE", help="For graphs and basis together, e.g. 4GiB."),
+        MAX_TIME,
+        MEMORY,
+        RESIDENCY,
         click.option(
-            "--residency",
-            type=click.Choice(["auto", "retained", "streamed"]),
+            "--rounding",
+            type=click.Choice(["auto", "float64", "perturbation"]),
             default="auto",
             show_default=True,
-            help="Keep gradient graphs, or build them for each product.",
+            help="How rounding is seen: residuals in float64, or products repeated on perturbed weights; auto takes the cheaper.",
         ),
         click.option(
-            "--float64-residuals/--no-float64-residuals",
+            "--preflight/--no-preflight",
             default=True,
             show_default=True,
-            help="Certify in float64; otherwise rounding is assumed, not seen.",
+            help="Check second derivatives on a few rows before anything long.",
         ),
         click.option("--seed", type=click.IntRange(min=0), help="Of the random start; drawn and recorded if absent."),
+    )(command)
+
+
+def sampling(command: Command) -> Command:
+    """Method, accuracy and cost of a trace."""
+    return _group(
+        Sampling,
+        click.option(
+            "--method",
+            type=click.Choice(["auto", "exact", "hutchinson", "deflated", "hutch++", "xtrace"]),
+            default="auto",
+            show_default=True,
+            help="auto decides by predicted cost, after 30 probes.",
+        ),
+        click.option(
+            "--tolerance",
+            "--tol",
+            type=float,
+            default=0.05,
+            show_default=True,
+            help="Half-width of the 95 % interval to reach, relative to the trace.",
+        ),
+        click.option("--absolute-tolerance", type=float, metavar="H", help="A half-width that suffices in any case."),
+        click.option(
+            "--rank", type=click.IntRange(min=1), metavar="R", help="Dimensions whose trace is taken without sampling."
+        ),
+        click.option(
+            "--max-products",
+            "--max-hvp",
+            type=click.IntRange(min=2),
+            default=500,
+            show_default=True,
+            help="Most Hessian products.",
+        ),
+        MAX_TIME,
+        MEMORY,
+        RESIDENCY,
+        click.option("--seed", type=click.IntRange(min=0), help="Of every draw; drawn and recorded if absent."),
     )(command)
 
 

@@ -8,11 +8,17 @@ from types import TracebackType
 from typing import Self
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 PATIENCE = 2.0
 """Off a terminal nothing is said of work that takes less than this many seconds."""
+
+LONGEST_BAR, LEAST_BAR = 20, 8
+"""Columns of the bar."""
 
 
 def styled(color: str, *, stderr: bool = False) -> Console:
@@ -30,42 +36,61 @@ class ProgressLine:
     def __init__(self, title: str, *, quiet: bool, color: str = "auto") -> None:
         self._title, self._quiet = title, quiet
         self._began, self._tenth, self._share = time.monotonic(), 0, 0.0
-        self._bar: Progress | None = None
+        self._detail, self._left = "starting", ""
+        self._live: Live | None = None
         if not quiet and sys.stderr.isatty():
             console = styled(color, stderr=True)
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[detail]}"),
-                TimeElapsedColumn(),
-            )
-            self._bar = Progress(*columns, console=console, transient=True)
-            self._task = self._bar.add_task(title, total=1.0, detail="")
+            self._live = Live(self, console=console, transient=True, refresh_per_second=10)
 
     def __enter__(self) -> Self:
         """Start drawing."""
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop drawing, whatever happened."""
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def update(self, share: float, detail: str) -> None:
         """Say that a share of the work, in [0, 1], is done; it never moves back."""
-        self._share = max(self._share, min(share, 1.0))
+        self._share, self._detail = max(self._share, min(share, 1.0)), detail
         elapsed = time.monotonic() - self._began
-        left = elapsed * (1 - self._share) / self._share if self._share > 0.02 else None
-        detail = f"{detail} · about {duration(left)} left" if left is not None and self._share < 1.0 else detail
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._share, detail=detail)
-        elif not self._quiet and elapsed > PATIENCE and int(self._share * 10) > self._tenth:
+        known = 0.02 < self._share < 1.0
+        self._left = f" · about {duration(elapsed * (1 - self._share) / self._share)} left" if known else ""
+        if self._live is None and not self._quiet and elapsed > PATIENCE and int(self._share * 10) > self._tenth:
             self._tenth = int(self._share * 10)
-            click.echo(f"{self._title} {self._share:.0%} · {detail}", err=True)
+            click.echo(f"{self._title} {self._share:.0%} · {detail}{self._left}", err=True)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One line, whatever the width: where room is missing the bar goes first, then the time left, then the detail."""
+        room = options.max_width - 1  # the last column stays free: some terminals wrap when it is written
+        spent = duration(time.monotonic() - self._began)  # as long as nothing can be said of what is left
+        told, done = self._detail + (self._left or f" · {spent}"), f"{self._share:.0%}"
+        for text, barred in ((told, True), (told, False), (self._detail, False), (done, True)):
+            rest = room - len(self._title) - len(text) - 2
+            if barred and rest >= LEAST_BAR:
+                yield self._line(min(rest, LONGEST_BAR), text)
+                return
+            if not barred and rest >= len(done):
+                yield Text(f"{self._title} {done} {text}", no_wrap=True)
+                return
+        yield Text(next((text for text in (f"{self._title} {done}", done) if len(text) <= room), ""), no_wrap=True)
+
+    def _line(self, columns: int, text: str) -> Table:
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_row(
+            self._title, ProgressBar(total=1.0, completed=self._share, width=columns), Text(text, no_wrap=True)
+        )
+        return grid
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 product, 2 products."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def duration(seconds: float) -> str:

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .progress import duration, styled
+from .progress import counted, duration, styled
 
 if TYPE_CHECKING:
     from curvkit.measures import Sharpness
@@ -22,6 +23,10 @@ WHICH = {
     "both": "eigenvalue{s} at both ends of the spectrum",
     "magnitude": "eigenvalue{s} of largest magnitude",
 }
+
+
+STACKED = 40
+"""Below so many columns the remarks stand under their names, not beside them."""
 
 
 def chosen_format(asked: str) -> str:
@@ -47,19 +52,32 @@ def sharpness_table(result: Sharpness, title: str, color: str) -> None:
         table.add_row(
             str(index), Text(shown, style="bold"), Text(ends), f"{residual:.1e}", relative, Text(state, style=style)
         )
-        narrow += [Text.assemble(f" {index}  ", (shown, "bold"), "  ", (state, style)), Text(f"    {ends}")]
-        narrow += [Text(f"    residual {residual:.1e}, relative {relative}")]
+        narrow.append(
+            Text.assemble(
+                (shown, "bold"), "  ", (state, style), f"\n{ends}\nresidual {residual:.1e}, relative {relative}"
+            )
+        )
     if console.measure(table).maximum + 1 <= console.width:
         console.print(Padding(table, (0, 0, 0, 1)))
     else:
-        for line in narrow:
-            console.print(line, overflow="fold")
-    for name, text in remarks(result):
-        grid = Table.grid(padding=(0, 1, 0, 0))
-        grid.add_column(width=11, style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
-        grid.add_row(f" {name}", Text(text))
-        console.print(grid)
+        for index, block in enumerate(narrow, start=1):
+            console.print(_beside(f" {index}", 3, block))
+    print_remarks(console, remarks(result))
+
+
+def print_remarks(console: Console, remarks: Sequence[tuple[str, str]]) -> None:
+    """Print names and texts; beside each other where there is room."""
+    for name, text in remarks:
+        if console.width < STACKED:
+            console.print(Text(f" {name}", style="dim"))
+            console.print(Padding(Text(text, overflow="fold"), (0, 0, 0, 3)))
+        else:
+            console.print(_beside(f" {name}", 12, Text(text)))
+
+
+def tab_separated(lines: Sequence[Sequence[str]]) -> str:
+    """One line each, whatever is in the cells."""
+    return "\n".join("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in line) for line in lines)
 
 
 def sharpness_plain(result: Sharpness, title: str) -> str:
@@ -70,7 +88,16 @@ def sharpness_plain(result: Sharpness, title: str) -> str:
         for i, value, low, high, residual, state in rows(result)
     ]
     lines += [[name, text] for name, text in (("checkpoint", title), *remarks(result))]
-    return "\n".join("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in line) for line in lines)
+    return tab_separated(lines)
+
+
+def _beside(label: str, width: int, text: Text) -> Table:
+    """A label of so many columns, and a text that keeps its indent where it wraps."""
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(width=width, style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(label, text)
+    return grid
 
 
 def rows(result: Sharpness) -> list[tuple[int, float, float, float, float, str]]:
@@ -95,6 +122,7 @@ def remarks(result: Sharpness) -> list[tuple[str, str]]:
         ("what", f"the {f'{count} ' if count > 1 else ''}{what} of the Hessian at this checkpoint"),
         ("definition", str(result.definition)),
         ("at", f"loss {result.loss:.6g} · gradient norm {result.gradient_norm:.3g}"),
+        *_derivatives(result),
         *_residuals(result),
         ("missed", _missed(result)),
         *_data(result),
@@ -126,13 +154,19 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def _derivatives(result: Sharpness) -> list[tuple[str, str]]:
+    if result.preflight is None:
+        return [("derivatives", "not checked: --no-preflight")]
+    return [("derivatives", str(result.preflight))] if result.preflight.verdict == "right" else []
+
+
 def _residuals(result: Sharpness) -> list[tuple[str, str]]:
     pairs = result.eigenpairs
     if not pairs.recomputed:
         return []
     text = f"recomputed by products in {pairs.residual_dtype}"
-    if pairs.residual_dtype != result.definition.dtype:
-        text += f"; along the outermost eigenvector those in {result.definition.dtype} err by at most {pairs.product_error:.1g} of ||H||"
+    if pairs.rounding_measured:
+        text += f"; those of the search, in {result.definition.dtype}, err by about {pairs.product_error:.1g} of ||H||"
     return [("residuals", text)]
 
 
@@ -188,7 +222,7 @@ def _cost(result: Sharpness) -> str:
     pairs = result.eigenpairs
     extra = result.products - pairs.products
     doubt = f" + {extra} for the doubt from data" if extra > 0 else ""
-    return f"{pairs.products} products{doubt} · {duration(result.seconds)}"
+    return f"{counted(pairs.products, 'product')}{doubt} · {duration(result.seconds)}"
 
 
 def _partial(result: Sharpness) -> str:

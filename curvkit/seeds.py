@@ -105,3 +105,33 @@ def normal(
         torch.Size([3])
     """
     return torch.randn(n, dtype=dtype, generator=generator(seed, purpose, index)).to(device)
+
+
+def signs(
+    n: int,
+    seed: int,
+    purpose: str,
+    index: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw n independent random signs (Rademacher variables) for (seed, purpose, index).
+
+    Args:
+        n: How many.
+        seed: The run's seed.
+        purpose: What the draw is for.
+        index: Which of the purpose's draws.
+        dtype: Of the result; the signs are the same in every one.
+        device: Where the result goes; the draw is made on the CPU.
+
+    Returns:
+        [n], each -1 or 1 with probability 1/2.
+
+    Example:
+        >>> set(signs(100, 0, "example").tolist()) == {-1.0, 1.0}
+        True
+    """
+    bits = torch.randint(2, (n,), dtype=torch.int8, generator=generator(seed, purpose, index))
+    return bits.to(device, dtype).mul_(2).sub_(1)

@@ -384,7 +384,7 @@ def test_missing_and_unexpected_with_the_nearest():
     with pytest.raises(UnknownObjective) as caught:
         fit(net(), found, "ckpt.pt")
     assert str(caught.value).splitlines() == [
-        "ckpt.pt: the weights do not fit the model (file 4 tensors, model 4).",
+        "ckpt.pt: the weights do not fit the model (tensors: 4 in the file, 4 in the model).",
         "  missing     outer.weight",
         "  unexpected  outer2.weight",
         "  nearest     outer.weight ~ outer2.weight",
@@ -449,7 +449,7 @@ def test_nan_and_infinity_are_named(bad: float):
     found["outer.bias"] = torch.tensor([1.0, bad, 2.0])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(
-        RefusedCheckpoint, match="the weight 'outer.bias' has 1 NaN or infinite entries of 3: the run had"
+        RefusedCheckpoint, match="the weight 'outer.bias' has 1 NaN or infinite entry of 3: the run had"
     ):
         fit(model, found, "ckpt.pt")
     assert same(model.state_dict(), before)

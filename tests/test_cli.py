@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
+import io
 import json
 import os
 import pty
@@ -25,11 +27,16 @@ import pytest
 import torch
 from curvkit_cli import failures, interrupts, options, progress, render
 from curvkit_cli.main import EXIT_CODES, main, run
+from curvkit_cli.main import curvkit as curvkit_commands
+from rich.console import Console
 from samples import PROGRAM, TRAIN, Payload, curvkit, environment, examples, flipped, net, truth
 
 from curvkit import Recipe, save
+from curvkit.checkpoints.reading import WEIGHT_KEYS
+from curvkit.checkpoints.recipes import LOSSES
 from curvkit.errors import CurvkitError, MissingExtra, NotConverged
-from curvkit.models import MLP
+from curvkit.linalg.krylov import wanted
+from curvkit.models import BUILDERS, MLP
 
 OBJECTIVE = ("--objective", "train.py:objective")
 FAST = (*OBJECTIVE, "--no-data-doubt", "--seed", "0")
@@ -155,19 +162,27 @@ def test_main_exits_with_the_code_and_tells_threads_not_to_spin(monkeypatch: pyt
         (["ckpt.pt", "--set", "hidden"], "'hidden' is not of the form KEY=VALUE, for example hidden=128."),
         (["ckpt.pt", "--set", "a b=1"], "'a b=1' is not of the form KEY=VALUE"),
         (["ckpt.pt", "--out", "ckpt.pt"], "Directory 'ckpt.pt' is a file."),
-        (["ckpt.pt", *FAST, "--tolerance", "2"], "lanczos: tolerance=2.0 must lie in (0, 1)."),
-        (["ckpt.pt", *FAST, "--tolerance", "nan"], "lanczos: tolerance=nan must lie in (0, 1)."),
+        (["ckpt.pt", *FAST, "--tolerance", "2"], "Error: --tolerance 2.0 must lie in (0, 1)."),
+        (["ckpt.pt", *FAST, "--tol", "0"], "Error: --tolerance 0.0 must lie in (0, 1)."),
+        (["ckpt.pt", *FAST, "--tolerance", "nan"], "Error: --tolerance nan must lie in (0, 1)."),
         (
             ["ckpt.pt", *FAST, "--tolerance", "1e-9"],
-            "tolerance=1e-09 is below 9.5e-07, the rounding of products in torch.flo",
+            "Error: --tolerance 1e-09 is below 9.5e-07, the rounding of products in torch.float32. Allow more, or compute with --dtype",
         ),
-        (["ckpt.pt", *FAST, "-k", "1000"], "num=1000 and block_size=1 must not exceed the order of the matrix, 51."),
+        (
+            ["ckpt.pt", *FAST, "-k", "1000"],
+            "Error: --num 1000 and --block-size 1 must not exceed the number of parameters, 51. Ask for fewer eigenvalues by --num.",
+        ),
         (
             ["ckpt.pt", *FAST, "-k", "3", "--max-products", "3"],
-            "max_products=3 is too few: one step takes 1 and the resid",
+            "Error: --max-products 3 is too few: one step takes 1 and the resid",
         ),
-        (["ckpt.pt", *FAST, "--seed", "9" * 30], "must be an integer in [0, 2**63)"),
-        (["ckpt.pt", *FAST, "--memory", "1KB"], "vectors of length 51 fit the memory budget; 1 eigenvalue(s)"),
+        (
+            ["ckpt.pt", *FAST, "--seed", "9" * 30],
+            f"Error: --seed {'9' * 30} must be an integer in [0, 2**63); without the flag one is drawn. Pass for example --seed 0.",
+        ),
+        (["ckpt.pt", *FAST, "--memory", "1KB"], "vectors of length 51 fit the memory budget (--memory); 1 eigenvalue"),
+        (["ckpt.pt", *FAST, "--memory", "1KB"], "Raise --memory, or ask for fewer eigenvalues by --num."),
         (
             ["ckpt.pt", *FAST, "--params", "conv*"],
             "the pattern 'conv*' matches no trainable parameter. The model has: inner",
@@ -198,6 +213,47 @@ def test_typed_wrong(sharpness: Typed, arguments: list[str], text: str):
     assert text in err
     assert "Traceback" not in err
     assert 'File "' not in err
+    assert re.search(r"(lanczos|Hessian|sharpness): ", err) is None  # who refused is no concern of who typed
+
+
+def test_a_demo_with_more_checkpoints_than_steps(typed: Typed):
+    code, out, err = typed("demo", "run", "--steps", "3", "--saves", "10")
+    assert (code, out) == (2, "")
+    assert err == "Error: --saves 10 must lie between 1 and --steps 3. Save fewer checkpoints.\n"
+
+
+def test_a_seed_of_the_users_own_function_is_not_ours(sharpness: Typed):
+    code, _, err = sharpness("ckpt.pt", *OBJECTIVE, "--set", "seed=3")
+    assert code == 2
+    assert err.startswith("Error: --set seed=3: the function takes hidden.")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trace: method='exact' takes 51 products, rank=3.", "--method exact takes 51 products, --rank 3."),
+        ("GGN: residency='disk' is not one of", "--residency disk is not one of"),
+        ("DoubleHessian: replace it, or leave it out by patterns.", "replace it, or leave it out by --params."),
+        ("sharpness: A=B num = 3 batch_size=4", "A=B num = 3 batch_size=4"),
+        ("Recipe: batch_size=0 and num=1 must be", "Recipe: batch_size=0 and num=1 must be"),
+        ("demo: run/final.pt is already there", "run/final.pt is already there"),
+    ],
+)
+def test_translation(text: str, said: str):
+    assert failures.as_typed(CurvkitError(text)) == said
+
+
+def test_what_is_translated_exists():
+    """A flag that was renamed, or advice that is worded in another way, would silently show Python's names again."""
+    known = {
+        name for command in curvkit_commands.commands.values() for option in command.params for name in option.opts
+    }
+    assert set(failures.FLAGS.values()) <= known
+    source = re.sub(r'"\s+f?"', "", "".join(path.read_text() for path in failures.PACKAGE.rglob("*.py")))
+    for phrase in failures.PHRASES:
+        assert phrase in source
+    for name in failures.FLAGS:
+        assert f"{name}={{" in source
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -224,7 +280,7 @@ def test_no_objective_teaches(sharpness: Typed):
         "  found    state dict · 4 tensors, 51 numbers, float32",
         "  missing  an objective: a function returning curvkit.Objective(model, loss, data)",
         "  do one   curvkit sharpness ckpt.pt --objective train.py:objective",
-        "           curvkit.save(path, model=model, recipe=...)    in your training loop, then no flag is needed",
+        "           curvkit.save(path, model=model, recipe=...)    for curvkit's own models (mlp, resnet, decoder): needs no flag then",
     ]
 
 
@@ -519,7 +575,7 @@ def test_settings_modules_and_modes(sharpness: Typed):
         code, out, err = sharpness("ckpt.pt", *FAST, "--objective", "train.py:dropout", "--mode", mode)
         assert (code, out) == (1, "")
         assert "drop (Dropout) is active, so that the loss is random and has no Hessian." in err
-        assert err.endswith("Here that is --mode eval, the default.\n")
+        assert err.endswith("has no Hessian. Use --mode eval, the default, or set the probability to 0.\n")
     assert result(sharpness("ckpt.pt", *FAST, "--mode", "train", "--json")[1])["definition"]["mode"] == "train"
 
 
@@ -602,14 +658,54 @@ def test_a_model_that_is_refused_in_eval_mode_too(sharpness: Typed):
     assert "--mode" not in err
 
 
+def test_batch_norm_in_training_mode_points_to_the_flag(sharpness: Typed):
+    Path("normed.py").write_text(
+        "import train\nfrom torch import nn\ndef objective():\n    model = train.Net()\n"
+        "    model.drop = nn.BatchNorm1d(6, affine=False)\n"
+        "    return train.curvkit.Objective(model, train.F.cross_entropy, train.data)\n"
+    )
+    torch.save(
+        {
+            **net().state_dict(),
+            **{f"drop.{k}": v for k, v in torch.nn.BatchNorm1d(6, affine=False).state_dict().items()},
+        },
+        "n.pt",
+    )
+    code, _, err = sharpness("n.pt", "--objective", "normed.py:objective", "--mode", "train")
+    assert code == 1
+    assert err.endswith("depend on how the data is cut into batches. Use --mode eval, the default.\n")
+    assert "model.eval()" not in err
+
+
+def test_more_batches_than_there_are_is_noted(sharpness: Typed):
+    code, _, err = sharpness("ckpt.pt", *FAST, "--batches", "99")
+    assert code == 0
+    assert "note: --batches 99, but the data has only 2: all of it is used\n" in err
+    assert "note" not in sharpness("ckpt.pt", *FAST, "--batches", "2")[2]
+    assert "note" not in sharpness("ckpt.pt", *FAST, "--batches", "99", "-q")[2]
+
+
+def test_which_of_several_weights_were_taken_is_said_and_recorded(sharpness: Typed):
+    torch.save({"model_ema": net(seed=1).state_dict(), "model": net().state_dict(), "epoch": 3}, "two.pt")
+    code, out, err = sharpness("two.pt", *FAST, "--json")
+    assert code == 0
+    said = "train.py:objective (--objective), weights under 'model', not 'model_ema'"
+    assert err == f"objective: {said}\n"
+    assert json.loads(out)["record"]["objective"]["source"] == said
+    assert result(out)["eigenvalues"] == result(sharpness("ckpt.pt", *FAST, "--json")[1])["eigenvalues"]
+
+
 def test_ctrl_c_while_the_objective_is_made(sharpness: Typed):
     Path("patient.py").write_text("def objective():\n    raise KeyboardInterrupt\n")
     code, out, err = sharpness("ckpt.pt", "--objective", "patient.py:objective", "--json")
     assert (code, out) == (130, "")
-    assert err.strip() == "Interrupted."
+    assert err == "Interrupted.\n"
 
 
 # ---- formats --------------------------------------------------------------------------------------------------------
+
+
+REMARKS = ["what", "definition", "at", "residuals", "missed", "data", "two halves", "cost", "engine", "note"]
 
 
 def test_plain_lines_are_the_default_off_a_terminal(sharpness: Typed):
@@ -624,19 +720,7 @@ def test_plain_lines_are_the_default_off_a_terminal(sharpness: Typed):
         assert residual > 0
         assert line[5] == "converged"
     names = [line[0] for line in lines[3:]]
-    assert names == [
-        "checkpoint",
-        "what",
-        "definition",
-        "at",
-        "residuals",
-        "missed",
-        "data",
-        "two halves",
-        "cost",
-        "engine",
-        "note",
-    ]
+    assert names == ["checkpoint", *REMARKS]
     assert all(len(line) == 2 for line in lines[3:])
     assert lines[4][1] == "the 2 largest (algebraic) eigenvalues of the Hessian at this checkpoint"
     assert err == "objective: train.py:objective (--objective)\n"
@@ -654,6 +738,18 @@ def test_json_is_one_document_whatever_the_users_code_prints(sharpness: Typed):
     assert document["result"]["stage"] == "complete"
     assert document["result"]["interrupted"] is False
     assert "hello from train.py" in err
+
+
+def test_a_very_narrow_table_keeps_words_and_indents(sharpness: Typed, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    code, out, _ = sharpness("ckpt.pt", *OBJECTIVE, "--seed", "0", "-k", "2", "--format", "table")
+    assert code == 0
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 30
+    assert " definition" in [line.rstrip() for line in lines]
+    starts = ("sharpness of", " 1  ", " 2  ", *(f" {name}" for name in REMARKS))
+    assert all(line.startswith(("   ", *starts)) for line in lines)
+    assert "multiplicities" in " ".join(lines).split()
 
 
 @pytest.mark.parametrize("columns", [40, 80, 100, 200])
@@ -763,6 +859,55 @@ def test_colours(
 
 def test_quiet_has_no_progress_and_no_notes(sharpness: Typed):
     assert sharpness("ckpt.pt", *OBJECTIVE, "--quiet")[2] == ""
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (120, "sharpness [bar 20] 12 products, largest residual 1.2e+01 · about 12 s left"),
+        (80, "sharpness [bar 13] 12 products, largest residual 1.2e+01 · about 12 s left"),
+        (70, "sharpness 25% 12 products, largest residual 1.2e+01 · about 12 s left"),
+        (60, "sharpness 25% 12 products, largest residual 1.2e+01"),
+        (50, "sharpness [bar 20] 25%"),
+        (30, "sharpness [bar 15] 25%"),
+        (20, "sharpness 25%"),
+        (10, "25%"),
+        (2, ""),
+    ],
+)
+def test_the_progress_line_fits_every_width(monkeypatch: pytest.MonkeyPatch, columns: int, shown: str):
+    clock = iter((0.0, 4.0, 4.0))
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    line = progress.ProgressLine("sharpness", quiet=True)
+    line.update(0.25, "12 products, largest residual 1.2e+01")
+    file = io.StringIO()
+    Console(file=file, width=columns, force_terminal=True, color_system=None).print(line)
+    [drawn] = file.getvalue().splitlines() or [""]
+    assert len(drawn) < columns
+    assert re.sub("[━╸╺]+ *(?= )", lambda found: f"[bar {len(found[0])}]", drawn).rstrip() == shown
+
+
+def test_the_progress_line_says_the_time_spent_as_long_as_that_is_all_it_knows(monkeypatch: pytest.MonkeyPatch):
+    clock = iter((0.0, 4.0))
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    file = io.StringIO()
+    Console(file=file, width=80).print(progress.ProgressLine("sharpness", quiet=True))
+    assert file.getvalue().rstrip().endswith("starting · 4.0 s")
+
+
+def test_progress_speaks_of_the_doubt_from_data_only_where_it_is_measured(
+    sharpness: Typed, monkeypatch: pytest.MonkeyPatch
+):
+    details: list[str] = []
+    monkeypatch.setattr(progress.ProgressLine, "update", lambda self, share, detail: details.append(detail))
+    sharpness("ckpt.pt", *FAST)
+    assert re.fullmatch(r"1 product, largest residual \S+", details[0])
+    assert re.fullmatch(r"2 products, largest residual \S+", details[1])
+    assert re.fullmatch(r"\d+ products", details[-1])
+    assert not any("data" in detail for detail in details)
+    details.clear()
+    sharpness("ckpt.pt", *OBJECTIVE, "--seed", "0")
+    assert any(re.fullmatch(r"doubt from data, \d+ products", detail) for detail in details)
 
 
 def test_progress_off_a_terminal_is_a_line_per_tenth(
@@ -1012,7 +1157,7 @@ def test_ctrl_c_before_the_first_product(folder: Path, format: str):
     started.interrupt()
     code, out, err = started.end()
     assert code == 130
-    assert err.endswith("Interrupted before the first product: nothing is known yet.\n")
+    assert err.splitlines()[1:] == ["Interrupted before the first product: nothing is known yet."]
     if format == "json":
         assert json.loads(out)["result"] == {"interrupted": True}
     else:
@@ -1036,7 +1181,7 @@ def test_ctrl_c_during_the_doubt_from_data_keeps_the_eigenvalues(folder: Path):
 def test_a_second_ctrl_c_ends_at_once(folder: Path):
     """The first is noticed only when the product at hand is done; here that takes half a minute."""
     started = Run(folder, "--residency", "streamed", "--tol", "1e-6")
-    started.wait("seen", "1 products")
+    started.wait("seen", "1 product,")
     (folder / "hang").touch()
     started.wait("hangs")
     started.interrupt()
@@ -1050,14 +1195,66 @@ def test_a_second_ctrl_c_ends_at_once(folder: Path):
     assert err.endswith("\nInterrupted.\n")
 
 
+@pytest.mark.parametrize("after", [0.0, 0.002, 0.01, 0.05, 0.2])
+def test_two_quick_ctrl_c_end_with_the_code_too(folder: Path, after: float):
+    """Wherever the second comes: in the product, while the result is shown, while Python ends."""
+    started = Run(folder, "--residency", "streamed", "--tol", "1e-6", "--json")
+    started.wait("seen", "2 products")
+    started.interrupt()
+    time.sleep(after)
+    started.interrupt()
+    code, out, err = started.end()
+    assert code == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[1:] == ["Interrupted."]
+    assert out == "" or result(out)["interrupted"] is True
+
+
+def test_the_second_ctrl_c_counts_also_when_the_first_was_noticed(folder: Path):
+    script = (
+        "import signal, time\nfrom curvkit_cli.interrupts import watched\nwith watched():\n    try:\n"
+        "        signal.raise_signal(signal.SIGINT)\n        time.sleep(9)\n    except KeyboardInterrupt:\n"
+        "        signal.raise_signal(signal.SIGINT)\n        time.sleep(9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
+
+
+def test_after_a_ctrl_c_nothing_changes_the_exit_code_any_more(folder: Path):
+    script = (
+        "import signal, sys\nfrom curvkit_cli.interrupts import watched\nwith watched():\n    try:\n"
+        "        signal.raise_signal(signal.SIGINT)\n    except KeyboardInterrupt:\n        pass\n"
+        "signal.raise_signal(signal.SIGINT)\nsys.exit(7)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_a_program_that_ignores_ctrl_c_goes_on_ignoring_it():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts.watched():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_watching_leaves_the_signals_as_they_were():
     threads = threading.active_count()
     before = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(before)
     with interrupts.watched():
         assert threading.active_count() == threads + 1
+        with interrupts.watched():  # watched already
+            assert threading.active_count() == threads + 1
     after = signal.set_wakeup_fd(before)
     assert after == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     deadline = time.monotonic() + 10
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -1122,7 +1319,7 @@ def test_a_terminal_shows_a_bar_and_a_table(folder: Path, columns: int):
     end = next(i for i, line in enumerate(table) if line.startswith("Warning"))
     assert max(map(len, table[:end])) <= columns
     assert any("not converged" in line for line in table)
-    assert any(line.startswith(" definition Hessian of") for line in table)
+    assert any(line.startswith(" definition  Hessian of") for line in table)
 
 
 def test_ctrl_c_on_a_terminal_leaves_the_cursor_and_the_table(folder: Path):
@@ -1131,7 +1328,40 @@ def test_ctrl_c_on_a_terminal_leaves_the_cursor_and_the_table(folder: Path):
     assert code == 130
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")
     assert "PARTIAL" in shown
-    assert shown.rstrip().endswith("Interrupted.")
+    assert shown.endswith(f"{interrupts.FRESH_LINE}Interrupted.\r\n")
+    assert "\r\n\r\n" not in shown
+
+
+# ---- what the pages list --------------------------------------------------------------------------------------------
+
+PAGES = Path(__file__).resolve().parents[1]
+
+
+def test_the_page_lists_what_a_recipe_may_name():
+    page = (PAGES / "docs" / "cli.md").read_text().partition("## What a recipe may name")[2]
+    for name, kind in BUILDERS.items():
+        arguments = (
+            f"`{key}`" if p.default is p.empty else f"`{key}={p.default!r}`"
+            for key, p in inspect.signature(kind).parameters.items()
+        )
+        assert f"\n| `{name}` | `curvkit.models.{kind.__name__}` | {', '.join(arguments)} |\n" in page
+    assert len(re.findall(r"^\| `", page, re.MULTILINE)) == len(BUILDERS)
+    assert re.findall(r"`(\w+)`", page.rpartition("`[N, T, V]`:")[2]) == sorted(LOSSES)
+
+
+@pytest.mark.parametrize("page", ["docs/cli.md", "docs/quickstart.md"])
+def test_the_pages_list_the_keys_of_the_code(page: str):
+    *most, last = (f"`{key}`" for key in WEIGHT_KEYS)
+    assert f"{', '.join(most)} or {last}" in " ".join((PAGES / page).read_text().split())
+
+
+def test_the_page_lists_every_option_and_splits_both_ends_as_the_code_does():
+    page = (PAGES / "docs" / "cli.md").read_text()
+    for option in curvkit_commands.commands["sharpness"].params:
+        if isinstance(option, click.Option):
+            assert any(f"`{name}" in page for name in (*option.opts, *option.secondary_opts)), option.name
+    assert "with `-k 3` the two largest and the smallest" in page
+    assert wanted(torch.arange(9.0), 3, "both").tolist() == [8, 7, 0]
 
 
 # ---- the whole way --------------------------------------------------------------------------------------------------

@@ -118,6 +118,12 @@ def test_the_plain_form_and_back():
         (mlp((4, 3)), {"kwargs": {"sizes": [4, 3, 3]}}, "'linear1.weight' is (3, 3) by the recipe and absent in the"),
         (nn.Linear(4, 3), {}, "'linear0.weight' is (3, 4) by the recipe and absent in the model."),
         (
+            nn.Linear(4, 3),
+            {},
+            "The builder 'mlp' means curvkit.models.MLP, and the model is a Linear: save a model of your own without a recipe, and "
+            "measure it with --objective FILE.py:FUNCTION.",
+        ),
+        (
             mlp(),
             {"batch": {"x": X[:, :3], "y": Y}},
             "the recipe's model 'mlp' and loss cross_entropy do not take its batch, x (12, 3) torch.float32, y (12,) "

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..failures import say
-from ..interrupts import INTERRUPTED
+from ..interrupts import INTERRUPTED, conclude
 from ..progress import ProgressLine
 
 
@@ -41,6 +40,6 @@ def demo(directory: Path, steps: int, saves: int, quiet: bool) -> int:
     if saved:
         click.echo(f"\nNext: curvkit sharpness {saved[-1][2]}")
     if interrupted:
-        say("Interrupted." if saved else "Interrupted before the first checkpoint: nothing was saved.")
+        conclude("Interrupted." if saved else "Interrupted before the first checkpoint: nothing was saved.")
         return INTERRUPTED
     return 0

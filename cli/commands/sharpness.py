@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import interrupts, options, records, render
+from .. import measuring, options, records, render
 from ..failures import say
-from ..interrupts import INTERRUPTED
+from ..interrupts import INTERRUPTED, conclude
+from ..measuring import NOT_CONVERGED
 from ..options import Budget, Data, Output, Target
-from ..progress import ProgressLine
+from ..progress import counted
 
 if TYPE_CHECKING:
     from curvkit.measures import Sharpness, SharpnessSettings
-    from curvkit.objectives import Objective
-    from curvkit.resolving import Resolved
-
-NOT_CONVERGED = 5
 
 
 @click.command()
@@ -65,16 +63,29 @@ def sharpness(
     settings = _settings(num, which, block_size, data, budget)
     destination = records.destination(output, "sharpness.json")
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
-        resolved = _resolve(target, data, output)
-        latest, interrupted = _measure(resolved.objective, settings, budget.seed, target, output)
+        from curvkit.measures import sharpness_steps
+
+        resolved = measuring.resolved_objective(target, data.batches, output)
+        steps = sharpness_steps(resolved.objective, settings, seed=budget.seed)
+        told = partial(_told, settings=settings)
+        latest, interrupted = measuring.followed(steps, "sharpness", told, target=target, output=output)
     result = {"interrupted": interrupted} if latest is None else {**latest.to_dict(), "interrupted": interrupted}
-    record = records.describe(ctx, target, resolved) | _facts(latest)
+    record = records.describe(ctx, target, resolved) | measuring.facts(latest)
     document = render.json_document("sharpness", result, record)
-    _show(latest, document, target, output)
+    name = str(target.checkpoint)
+    measuring.show(
+        latest,
+        document,
+        output,
+        plain=partial(render.sharpness_plain, title=name),
+        table=partial(render.sharpness_table, title=f"sharpness of {name}", color=output.color),
+    )
     if destination is not None and latest is not None:
         records.write(destination, document, output)
     if interrupted:
-        say("Interrupted." if latest is not None else "Interrupted before the first product: nothing is known yet.")
+        conclude(
+            "Interrupted." if latest is not None else "Interrupted before the first product: nothing is known yet."
+        )
         return INTERRUPTED
     return _judge(latest, output)
 
@@ -92,81 +103,19 @@ def _settings(num: int, which: Any, block_size: int, data: Data, budget: Budget)
         max_seconds=budget.max_time,
     )
     residency: Any = budget.residency
+    rounding: Any = budget.rounding
     return SharpnessSettings(
         search,
         residency=residency,
         memory_bytes=budget.memory,
         data_doubt=data.data_doubt,
-        float64_residuals=budget.float64_residuals,
+        rounding=rounding,
+        preflight=budget.preflight,
     )
 
 
-def _resolve(target: Target, data: Data, output: Output) -> Resolved:
-    import torch
-
-    from curvkit.checkpoints import read
-    from curvkit.parameters import ParameterSpace
-    from curvkit.resolving import Resolved, resolve
-
-    resolved = resolve(
-        read(target.checkpoint), reference=target.objective, settings=dict(target.set), num_batches=data.batches
-    )
-    objective = resolved.objective
-    if target.mode != "asis":
-        objective.model.train(target.mode == "train")
-    if target.params:
-        from dataclasses import replace
-
-        objective = replace(objective, parameters=ParameterSpace.of(objective.model, target.params))
-    device = ("cuda" if torch.cuda.is_available() else None) if target.device == "auto" else _device(target.device)
-    dtype = {"auto": None, "float32": torch.float32, "float64": torch.float64}[target.dtype]
-    objective = objective.converted(dtype=dtype, device=device)
-    if not output.quiet:
-        say(f"objective: {resolved.source}")
-    return Resolved(objective, resolved.source)
-
-
-def _device(name: str) -> str:
-    """Check that something can be computed there."""
-    import torch
-
-    from curvkit.errors import InvalidArgument
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidArgument(
-            f"--device {name}: torch knows no such device. Write cpu, cuda, cuda:1, or auto, the default."
-        ) from error
-    try:
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
-        raise InvalidArgument(f"--device {name}: this machine cannot use it ({reason}). Use --device cpu.") from error
-    return name
-
-
-def _measure(
-    objective: Objective, settings: SharpnessSettings, seed: int | None, target: Target, output: Output
-) -> tuple[Sharpness | None, bool]:
-    """Run the steps under a progress bar; the last result, and whether Ctrl-C cut it short."""
-    from curvkit.errors import UnsupportedModel
-    from curvkit.measures import sharpness_steps
-
-    latest = None
-    try:
-        with interrupts.watched(), ProgressLine("sharpness", quiet=output.quiet, color=output.color) as progress:
-            for latest in sharpness_steps(objective, settings, seed=seed):
-                progress.update(_share(latest, settings), _detail(latest))
-    except KeyboardInterrupt:
-        return latest, True
-    except UnsupportedModel as error:
-        if target.mode == "eval":
-            raise
-        raise UnsupportedModel(f"{error} Here that is --mode eval, the default.") from error
-    return latest, False
+def _told(result: Sharpness, settings: SharpnessSettings) -> tuple[float, str]:
+    return _share(result, settings), _detail(result)
 
 
 def _share(result: Sharpness, settings: SharpnessSettings) -> float:
@@ -192,37 +141,10 @@ def _share(result: Sharpness, settings: SharpnessSettings) -> float:
 
 
 def _detail(result: Sharpness) -> str:
-    pairs = result.eigenpairs
+    pairs, products = result.eigenpairs, counted(result.products, "product")
     if result.stage == "searching":
-        return f"{pairs.products} products, largest residual {pairs.residuals.max().item():.1e}"
-    return f"doubt from data, {result.products} products"
-
-
-def _facts(result: Sharpness | None) -> dict[str, Any]:
-    from curvkit import results
-
-    if result is None:
-        return {}
-    return {
-        "seed": result.seed,
-        "plan": results.plain(result.plan),
-        "seconds": result.seconds,
-        "products": result.products,
-    }
-
-
-def _show(result: Sharpness | None, document: dict[str, Any], target: Target, output: Output) -> None:
-    from curvkit import results
-
-    shape = render.chosen_format(output.format)
-    if shape == "json":
-        click.echo(results.to_json(document))
-    elif result is None:
-        return
-    elif shape == "plain":
-        click.echo(render.sharpness_plain(result, str(target.checkpoint)))
-    else:
-        render.sharpness_table(result, f"sharpness of {target.checkpoint}", output.color)
+        return f"{products}, largest residual {pairs.residuals.max().item():.1e}"
+    return products if result.stage == "complete" else f"doubt from data, {products}"
 
 
 def _judge(result: Sharpness | None, output: Output) -> int:

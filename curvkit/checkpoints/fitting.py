@@ -61,8 +61,9 @@ def _check_values(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sour
             )
         if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor.float()).all()):
             bad = int((~torch.isfinite(tensor.float())).sum())
+            entries = "entry" if bad == 1 else "entries"
             raise RefusedCheckpoint(
-                f"{source}: the weight {name!r} has {bad} NaN or infinite entries of {tensor.numel()}: the run had diverged. "
+                f"{source}: the weight {name!r} has {bad} NaN or infinite {entries} of {tensor.numel()}: the run had diverged. "
                 "Take an earlier checkpoint."
             )
 
@@ -83,7 +84,9 @@ def _check_tied(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source
 def _mismatch(
     source: str, missing: list[str], unexpected: list[str], shapes: list[str], num_own: int, num_weights: int
 ) -> str:
-    lines = [f"{source}: the weights do not fit the model (file {num_weights} tensors, model {num_own})."]
+    lines = [
+        f"{source}: the weights do not fit the model (tensors: {num_weights} in the file, {num_own} in the model)."
+    ]
     for word, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""

@@ -42,6 +42,8 @@ class Checkpoint:
     """The data recipe that `curvkit.save` wrote."""
     keys: tuple[str, ...] = ()
     """Top-level keys of a training dict."""
+    weight_keys: tuple[str, ...] = ()
+    """Those of them that hold tensors by name; `weights` are those of the first."""
     optimizer_names: list[list[str]] | None = field(default=None)
     """Parameter names per group, in the order of the optimizer's state."""
 
@@ -64,7 +66,9 @@ class Checkpoint:
     def __str__(self) -> str:
         """One line for people."""
         dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.weights.values()})
-        parts = [self.kind, f"{len(self.weights)} tensors, {self.numel:,} numbers, {', '.join(dtypes)}"]
+        tensors = "1 tensor" if len(self.weights) == 1 else f"{len(self.weights)} tensors"
+        numbers = "1 number" if self.numel == 1 else f"{self.numel:,} numbers"
+        parts = [self.kind, f"{tensors}, {numbers}, {', '.join(dtypes)}"]
         if self.step is not None:
             parts.append(f"step {self.step}")
         if self.lr:
@@ -213,6 +217,7 @@ def _interpret(path: Path, content: Any) -> Checkpoint:
         step,
         recipe if isinstance(recipe, Mapping) else None,
         tuple(map(str, content)),
+        (key, *(str(other) for other in content if other != key and _is_state_dict(content[other]))),
         names if isinstance(names, list) else None,
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvkit.errors import CurvkitError, InvalidArgument
 from curvkit.losses.known import DIVISORS
-from curvkit.models import build
+from curvkit.models import BUILDERS, build
 
 FORMAT = 1
 LOSSES: dict[str, Callable[..., Tensor]] = {function.__name__: function for function in DIVISORS}
@@ -167,9 +167,18 @@ def check_recipe(recipe: Recipe, model: nn.Module) -> None:
         name = next(key for key in [*expected, *found] if expected.get(key) != found.get(key))
         raise InvalidArgument(
             f"curvkit.save: the recipe builds another model than the one given: {name!r} is {expected.get(name, 'absent')} by the recipe "
-            f"and {found.get(name, 'absent')} in the model. Give the builder's kwargs that made this model."
+            f"and {found.get(name, 'absent')} in the model. {_advice(recipe, model, type(built).__name__)}"
         )
     _check_batch(recipe, built.eval())
+
+
+def _advice(recipe: Recipe, model: nn.Module, built: str) -> str:
+    if isinstance(model, BUILDERS[recipe.builder]):
+        return "Give the builder's kwargs that made this model."
+    return (
+        f"The builder {recipe.builder!r} means curvkit.models.{built}, and the model is a {type(model).__name__}: save a model of your own "
+        "without a recipe, and measure it with --objective FILE.py:FUNCTION."
+    )
 
 
 def _check_batch(recipe: Recipe, model: nn.Module) -> None:

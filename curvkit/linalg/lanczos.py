@@ -18,7 +18,7 @@ from curvkit import seeds
 from curvkit.errors import CurvkitError, InvalidArgument
 from curvkit.linalg import missed
 from curvkit.linalg.basis import Basis
-from curvkit.linalg.certificate import CONFIDENCE, ROUNDING, certified, partial
+from curvkit.linalg.certificate import AS_COMPUTED, CONFIDENCE, ROUNDING, OtherArithmetic, certified, partial
 from curvkit.linalg.krylov import (
     Capacity,
     RandomVectors,
@@ -40,6 +40,7 @@ __all__ = [
     "ROUNDING",
     "SPANNED",
     "LanczosState",
+    "OtherArithmetic",
     "Settings",
     "Which",
     "allowed",
@@ -146,7 +147,7 @@ def search(
     *,
     start: Tensor | None = None,
     seed: int | None = None,
-    reference: LinearMap | None = None,
+    other: OtherArithmetic = AS_COMPUTED,
 ) -> Iterator[Eigenpairs]:
     """Run `steps` until the residuals are small, then recompute them with true products.
 
@@ -159,7 +160,7 @@ def search(
         settings: What is wanted; None takes the defaults.
         start: [n], a direction rich in the wanted eigenvectors.
         seed: Of the random directions; None draws one.
-        reference: The same matrix in a higher precision, for the residuals; None takes A.
+        other: The same matrix by other arithmetic, for residuals and rounding.
 
     Yields:
         Partial results with estimated residuals and no vectors, and last the result with recomputed residuals.
@@ -176,16 +177,14 @@ def search(
             "Allow more, or compute in float64."
         )
     began, spent, aim = time.monotonic(), 0, settings.tolerance
-    still = (
-        settings.block_size + settings.num + (reference is not None)
-    )  # products of one more step and its certificate
+    still = settings.block_size + other.products(settings.num)  # products of one more step and its certificate
     for state in steps(A, settings, start=start, seed=seed):
         estimate = partial(A, state, settings, spent)
         yield estimate
         last = state.spanned or estimate.products + still > settings.max_products
         last = last or (settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds)
         if last or state.settled(settings.num, aim):
-            pairs = certified(A, state, estimate, reference=reference)
+            pairs = certified(A, state, estimate, other)
             _check_finite(pairs.residuals, pairs.products)
             spent, aim = pairs.products - state.products, aim / 4
             hopeless = aim < settings.tolerance / 64 or pairs.products + still > settings.max_products

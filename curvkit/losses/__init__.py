@@ -2,7 +2,19 @@
 
 from curvkit.losses.batches import Batch
 from curvkit.losses.kinds import BatchLoss, KnownLoss, Loss, OtherLoss, as_loss
+from curvkit.losses.output_hessian import OutputHessian, hessian_in_outputs
 from curvkit.losses.terms import LossTerms
 from curvkit.losses.tokens import token_cross_entropy
 
-__all__ = ["Batch", "BatchLoss", "KnownLoss", "Loss", "LossTerms", "OtherLoss", "as_loss", "token_cross_entropy"]
+__all__ = [
+    "Batch",
+    "BatchLoss",
+    "KnownLoss",
+    "Loss",
+    "LossTerms",
+    "OtherLoss",
+    "OutputHessian",
+    "as_loss",
+    "hessian_in_outputs",
+    "token_cross_entropy",
+]

@@ -49,6 +49,14 @@ class Loss(Protocol):
         """Evaluate on one batch."""
         ...
 
+    def outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
+        """What the model returns for a batch, and its targets."""
+        ...
+
+    def terms_of(self, outputs: Tensor, targets: Any) -> LossTerms:
+        """Evaluate on outputs that are already there."""
+        ...
+
     def moved(self, device: torch.device | None, dtype: torch.dtype | None) -> Loss:
         """The same loss with its own tensors elsewhere."""
         ...
@@ -118,7 +126,41 @@ class KnownLoss:
         Raises:
             UnknownObjective: If the model's output is not a tensor.
         """
-        outputs, targets = self._forward(model, batch)
+        return self.terms_of(*self.outputs(model, batch))
+
+    def outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Call the model, and divide the batch.
+
+        Args:
+            model: Called with the batch's inputs.
+            batch: (inputs ..., targets) or a mapping.
+
+        Returns:
+            Outputs and targets.
+
+        Raises:
+            UnknownObjective: If one of them is not a tensor.
+        """
+        inputs, named, targets = inputs_and_targets(batch)
+        outputs = model(*inputs, **named)
+        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+            what, got = ("model", outputs) if not isinstance(outputs, Tensor) else ("targets", targets)
+            raise UnknownObjective(
+                f"Objective: {self.name} takes two tensors; the {what} gave a {type(got).__name__}. "
+                "Write curvkit.BatchLoss(fn) with fn(model, batch), which picks the tensors itself."
+            )
+        return outputs, targets
+
+    def terms_of(self, outputs: Tensor, targets: Tensor) -> LossTerms:
+        """The same on outputs that are already there.
+
+        Args:
+            outputs: Of the model.
+            targets: Of the batch.
+
+        Returns:
+            The terms.
+        """
         total = self.function(outputs, targets, **{**self.options, "reduction": "sum"})
         divisor, count = DIVISORS[self.function](outputs.detach(), targets, self.options)
         return LossTerms(total, divisor, count)
@@ -133,7 +175,7 @@ class KnownLoss:
         Returns:
             The loss of this batch; NaN for the mean of no terms.
         """
-        return self.function(*self._forward(model, batch), **self.options).item()
+        return self.function(*self.outputs(model, batch), **self.options).item()
 
     def moved(self, device: torch.device | None, dtype: torch.dtype | None) -> KnownLoss:
         """Move class weights and the like.
@@ -153,24 +195,15 @@ class KnownLoss:
         }
         return replace(self, options=moved)
 
-    def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        inputs, named, targets = inputs_and_targets(batch)
-        outputs = model(*inputs, **named)
-        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-            what, got = ("model", outputs) if not isinstance(outputs, Tensor) else ("targets", targets)
-            raise UnknownObjective(
-                f"Objective: {self.name} takes two tensors; the {what} gave a {type(got).__name__}. "
-                "Write curvkit.BatchLoss(fn) with fn(model, batch), which picks the tensors itself."
-            )
-        return outputs, targets
-
 
 @dataclass(frozen=True, eq=False)
 class OtherLoss:
-    """A loss that is not in the table: `call(model, batch)` gives a scalar, then one batch is all, or (sum, count)."""
+    """A loss that is not in the table: it gives a scalar, then one batch is all, or (sum, count)."""
 
-    call: Callable[[nn.Module, Batch], Any]
+    function: Callable[..., Any]
+    """(outputs, targets), or (model, batch) if it is `whole`."""
     name: str
+    whole: bool = False
     module: nn.Module | None = None
     """The loss itself if it is a module with tensors of its own."""
     reduction: Reduction = "as returned"
@@ -185,7 +218,51 @@ class OtherLoss:
         Returns:
             The terms; `count` is None if the loss gave a scalar only.
         """
-        return scalar_or_pair(self.call(model, batch), self.name)
+        if self.whole:
+            return scalar_or_pair(self.function(model, batch), self.name)
+        inputs, named, targets = inputs_and_targets(batch)
+        return self.terms_of(model(*inputs, **named), targets)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
+        """Call the model, and divide the batch.
+
+        Args:
+            model: The model.
+            batch: One batch.
+
+        Returns:
+            Outputs and targets.
+
+        Raises:
+            UnknownObjective: If the loss calls the model itself, or the outputs are not a tensor of floating-point numbers.
+        """
+        if self.whole:
+            raise UnknownObjective(
+                f"Objective: the GGN needs the model's outputs apart from the loss, but {self.name} is a BatchLoss, which calls the model "
+                "itself. Pass a loss (outputs, targets), with batches (inputs, targets); if the model has to be called in another way, "
+                "wrap it in a module that returns the outputs."
+            )
+        inputs, named, targets = inputs_and_targets(batch)
+        outputs = model(*inputs, **named)
+        if not isinstance(outputs, Tensor) or not outputs.dtype.is_floating_point:
+            got = f"tensor of {outputs.dtype}" if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise UnknownObjective(
+                f"Objective: the GGN needs outputs that are one tensor of floating-point numbers; the model gave a {got}. "
+                "Wrap the model in a module that returns that tensor, for example output.logits."
+            )
+        return outputs, targets
+
+    def terms_of(self, outputs: Any, targets: Any) -> LossTerms:
+        """Evaluate on outputs that are already there.
+
+        Args:
+            outputs: Of the model.
+            targets: Of the batch.
+
+        Returns:
+            The terms.
+        """
+        return scalar_or_pair(self.function(outputs, targets), self.name)
 
     def moved(self, device: torch.device | None, dtype: torch.dtype | None) -> OtherLoss:
         """Move the loss if it is a module; a function is taken to follow its arguments.
@@ -200,7 +277,7 @@ class OtherLoss:
         if self.module is None:
             return self
         module = copy.deepcopy(self.module).to(device=device, dtype=dtype)
-        return replace(self, call=_on_outputs(module), module=module)
+        return replace(self, function=module, module=module)
 
 
 def as_loss(loss: Any) -> Loss:
@@ -218,7 +295,7 @@ def as_loss(loss: Any) -> Loss:
     if isinstance(loss, KnownLoss | OtherLoss):
         return loss
     if isinstance(loss, BatchLoss):
-        return OtherLoss(loss.fn, _name(loss.fn))
+        return OtherLoss(loss.fn, _name(loss.fn), whole=True)
     known = recognise(loss)
     if known is not None:
         function, options = known
@@ -237,15 +314,7 @@ def as_loss(loss: Any) -> Loss:
             f"Objective: loss={loss!r} is not callable. Pass a function (outputs, targets), a loss module, or "
             "curvkit.BatchLoss(fn) with fn(model, batch)."
         )
-    return OtherLoss(_on_outputs(loss), _name(loss), loss if isinstance(loss, nn.Module) else None)
-
-
-def _on_outputs(loss: Callable[..., Any]) -> Callable[[nn.Module, Batch], Any]:
-    def call(model: nn.Module, batch: Batch) -> Any:
-        inputs, named, targets = inputs_and_targets(batch)
-        return loss(model(*inputs, **named), targets)
-
-    return call
+    return OtherLoss(loss, _name(loss), module=loss if isinstance(loss, nn.Module) else None)
 
 
 def _name(loss: Any) -> str:

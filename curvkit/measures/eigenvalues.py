@@ -6,9 +6,10 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+from torch import nn
 
 from curvkit import seeds
 from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
@@ -16,12 +17,16 @@ from curvkit.linalg import lanczos
 from curvkit.linalg.basis import norm
 from curvkit.linalg.krylov import Which
 from curvkit.measures.data_doubt import halves, spread
+from curvkit.measures.definitions import definition
 from curvkit.measures.sharpness_result import Sharpness
 from curvkit.objectives import Objective
-from curvkit.operators import DoubleHessian, Hessian
+from curvkit.operators import DoubleHessian, Hessian, PerturbedHessian
 from curvkit.operators.plan import Residency, free_memory
-from curvkit.results import Definition, Eigenpairs
+from curvkit.operators.preflight import preflight, refuse_wrong
+from curvkit.results import Eigenpairs
 
+Rounding = Literal["auto", "float64", "perturbation"]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ASYMMETRY = 100.0
 """Asymmetry above this times eps ||H|| is refused. Seen in float32, two draws each: at most 0.7 on MLP, ResNet and decoder; on networks
 with weight_norm at least 1.9e3."""
@@ -39,11 +44,18 @@ class SharpnessSettings:
     """For graphs and basis, half each; None: half and a quarter of the memory that is free."""
     data_doubt: bool = True
     """Also measure how far the result depends on the sample."""
-    float64_residuals: bool = True
-    """Recompute residuals by products in float64, where the objective runs in it; else by the products of the search."""
+    preflight: bool = True
+    """Check second derivatives against differences of gradients on a few rows, before the search."""
+    rounding: Rounding = "auto"
+    """How the rounding of float32 products is seen: "float64" recomputes the residuals by products in float64; "perturbation" repeats
+    products with weights and data moved by one rounding; "auto" takes float64 where it runs and there are no convolutions."""
 
     def __post_init__(self) -> None:
         """Check the values."""
+        if self.rounding not in get_args(Rounding):
+            raise InvalidArgument(
+                f"sharpness: rounding={self.rounding!r} is not one of auto, float64, perturbation. Use 'auto' if in doubt."
+            )
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise InvalidArgument(
                 f"sharpness: memory_bytes={self.memory_bytes!r} must be positive. Pass bytes, for example 4 * 2**30."
@@ -73,13 +85,20 @@ def sharpness_steps(
     operator = Hessian(objective, residency=settings.residency, budget_bytes=_graph_budget(settings))
     search = replace(settings.search, max_rows=_rows(operator, settings))
     start = operator.gradient if search.which != "smallest" else None
-    reference, doubts = _reference(operator, settings)
+    found = preflight(objective) if settings.preflight else None
+    if found is not None:
+        refuse_wrong(found)
+    other, doubts = _other_arithmetic(operator, settings)
+    if found is not None and found.verdict == "not checked":
+        doubts = (*doubts, str(found))
+    if found is not None and found.fixed:
+        doubts = (*doubts, "padding rows count as fixed: " + ", ".join(f"{name}[{row}]" for name, row in found.fixed))
     result: Sharpness | None = None
-    for pairs in lanczos.search(operator, search, start=start, seed=seed, reference=reference):
+    for pairs in lanczos.search(operator, search, start=start, seed=seed, other=other):
         _refuse_asymmetry(pairs, operator)
         result = Sharpness(
             eigenpairs=replace(pairs, space=operator.space),
-            definition=_definition(operator),
+            definition=definition(operator),
             loss=operator.loss,
             gradient_norm=norm(operator.gradient),
             spread=None,
@@ -90,10 +109,11 @@ def sharpness_steps(
             seconds=time.perf_counter() - began,
             products=pairs.products,
             unused=operator.unused,
+            preflight=found,
             notes=(*objective.notes, *doubts),
         )
         yield result
-    del reference
+    del other
     if result is None or result.eigenpairs.vectors is None:
         return
     if settings.data_doubt:
@@ -197,14 +217,24 @@ def _graph_budget(settings: SharpnessSettings) -> int | None:
     return None if settings.memory_bytes is None else settings.memory_bytes // 2
 
 
-def _reference(operator: Hessian, settings: SharpnessSettings) -> tuple[DoubleHessian | None, tuple[str, ...]]:
-    """The same matrix in float64, and a note where there is none."""
-    if not settings.float64_residuals or operator.dtype == torch.float64:
-        return None, ()
+def _other_arithmetic(
+    operator: Hessian, settings: SharpnessSettings
+) -> tuple[lanczos.OtherArithmetic, tuple[str, ...]]:
+    """How the rounding of products is seen, and a note where that is not as asked."""
+    if operator.dtype == torch.float64:
+        return lanczos.OtherArithmetic(), ()
+    perturbed = lanczos.OtherArithmetic(perturbed=(PerturbedHessian(operator, 0), PerturbedHessian(operator, 1)))
+    if settings.rounding == "perturbation" or (settings.rounding == "auto" and _convolves(operator.objective)):
+        return perturbed, ()
     try:
-        return DoubleHessian(operator), ()
+        return lanczos.OtherArithmetic(DoubleHessian(operator)), ()
     except UnsupportedModel as error:
-        return None, (f"residuals are of {_named(operator.dtype)} products, whose rounding is assumed: {error}",)
+        return perturbed, (f"residuals are of {_named(operator.dtype)} products: {error}",)
+
+
+def _convolves(objective: Objective) -> bool:
+    """Whether float64 is dear: torch's CPU kernels for its convolutions took 37 gradients for a product with ResNet-20."""
+    return any(isinstance(module, CONVOLUTIONS) for module in objective.model.modules())
 
 
 def _is_our_fault(error: Exception) -> bool:
@@ -227,21 +257,3 @@ def _rows(operator: Hessian, settings: SharpnessSettings) -> int:
     )
     rows = budget // (operator.n * operator.dtype.itemsize)
     return rows if settings.search.max_rows is None else min(rows, settings.search.max_rows)
-
-
-def _definition(operator: Hessian) -> Definition:
-    objective = operator.objective
-    return Definition(
-        matrix="hessian",
-        loss=objective.loss.name,
-        reduction=objective.loss.reduction
-        if operator.terms is None or objective.loss.reduction != "as returned"
-        else "mean",
-        terms=operator.terms,
-        examples=objective.examples,
-        batches=len(objective.batches),
-        parameters=operator.n,
-        mode=objective.mode,
-        dtype=_named(operator.dtype),
-        attention=operator.plan.attention,
-    )

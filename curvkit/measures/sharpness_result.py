@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from curvkit.measures.data_doubt import Halves, Spread
 from curvkit.operators import Plan
+from curvkit.operators.preflight import Preflight
 from curvkit.results import Definition, Eigenpairs, plain
 
 Stage = Literal["searching", "spread", "halves", "complete"]
@@ -33,6 +34,8 @@ class Sharpness:
     products: int
     """Products with Hessians of all the data, those of halves counted as half."""
     unused: tuple[str, ...] = ()
+    preflight: Preflight | None = None
+    """Whether second derivatives are right, as far as a few rows show; None if it was not asked."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -73,6 +76,7 @@ class Sharpness:
                 "residuals_recomputed": pairs.recomputed,
                 "residuals_dtype": pairs.residual_dtype,
                 "product_error": pairs.product_error,
+                "rounding_measured": pairs.rounding_measured,
                 "tolerance": pairs.tolerance,
                 "upper_bound": pairs.upper_bound,
                 "lower_bound": pairs.lower_bound,
@@ -87,6 +91,7 @@ class Sharpness:
                 "seconds": self.seconds,
                 "stage": self.stage,
                 "unused_parameters": self.unused,
+                "preflight": None if self.preflight is None else self.preflight.to_dict(),
                 "notes": self.notes,
             }
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from curvkit.losses import Batch, KnownLoss, Loss, LossTerms, as_loss
 from curvkit.losses.batches import cast, map_tensors, rows, take_rows, tensors
 from curvkit.objectives import data as drawing
 from curvkit.objectives.modes import mode, refuse_gradient_hooks, refuse_random_modules
+from curvkit.objectives.rewriting import deep_copy
 from curvkit.objectives.surroundings import exact_arithmetic, random_state, undisturbed
 from curvkit.parameters import ParameterSpace
 
@@ -179,22 +179,40 @@ class Objective:
                 another device than the model.
             UnsupportedModel: If the forward pass writes to its input.
         """
-        batch = self.batches[index]
-        self._check_device(batch, index)
-        versions = [tensor._version for tensor in tensors(batch)]
-        terms = self._loss.terms(self.model, batch)
-        if versions != [tensor._version for tensor in tensors(batch)]:
-            raise UnsupportedModel(
-                f"Objective: the forward pass writes to its input (batch {index}), so that the data changes from pass to pass. "
-                "Use the out-of-place form, for example x = x / 255."
-            )
-        if not terms.said and len(self.batches) > 1:
-            raise UnknownObjective(
-                f"Objective: the loss {self._loss.name} returned a scalar, but there are {len(self.batches)} batches, and how to "
-                "weight them is not known: batches with different numbers of terms would give a wrong mean. Return (sum, count) from the "
-                "loss, use one of torch.nn.functional's losses, or pass all data as one batch."
-            )
-        return terms
+        with self._reading(index) as batch:
+            terms = self._loss.terms(self.model, batch)
+        return self._said(terms)
+
+    def outputs(self, index: int) -> tuple[Tensor, Any]:
+        """Run the model on one batch; call it inside `measuring()`.
+
+        Args:
+            index: Number of the batch.
+
+        Returns:
+            The model's outputs, differentiable, and the batch's targets.
+
+        Raises:
+            UnknownObjective: If the loss does not take outputs and targets, or the batch lies on another device than the model.
+            UnsupportedModel: If the forward pass writes to its input.
+        """
+        with self._reading(index) as batch:
+            return self._loss.outputs(self.model, batch)
+
+    def terms_of(self, outputs: Tensor, targets: Any) -> LossTerms:
+        """Evaluate the loss on outputs that are already there.
+
+        Args:
+            outputs: As of `outputs`.
+            targets: Likewise.
+
+        Returns:
+            As of `terms`.
+
+        Raises:
+            UnknownObjective: If the loss is no scalar, or its terms are unknown and there are several batches.
+        """
+        return self._said(self._loss.terms_of(outputs, targets))
 
     def denominator(self, weights: Sequence[float]) -> float:
         """What the sum of the batches' totals is divided by.
@@ -276,10 +294,21 @@ class Objective:
         if same and (target is None or target == self.device):
             return self
         with random_state():
-            model = copy.deepcopy(self.model).to(device=target, dtype=dtype)
+            model = deep_copy(self.model).to(device=target, dtype=dtype)
         batches = [cast(batch, device=target, dtype=dtype) for batch in self.batches]
         moved = self._with(model=model, loss=self._loss.moved(target, dtype), data=batches)
         vars(moved)["_drawn"] = (tuple(batches), self._drawn[1])  # what is to be known of the data stays with it
+        return moved
+
+    def copied(self) -> Objective:
+        """The same function of a copy of the model, whose parameters may be moved.
+
+        Returns:
+            A new objective on the same data.
+        """
+        with random_state():
+            moved = self._with(model=deep_copy(self.model))
+        vars(moved)["_drawn"] = self._drawn
         return moved
 
     def with_batches(self, batches: Sequence[Batch]) -> Objective:
@@ -341,6 +370,29 @@ class Objective:
 
     def _with(self, **changes: Any) -> Objective:
         return replace(self, **{"num_batches": None, **changes})
+
+    @contextlib.contextmanager
+    def _reading(self, index: int) -> Generator[Batch]:
+        """A batch on the model's device, that nothing writes to."""
+        batch = self.batches[index]
+        self._check_device(batch, index)
+        versions = [tensor._version for tensor in tensors(batch)]
+        yield batch
+        if versions != [tensor._version for tensor in tensors(batch)]:
+            raise UnsupportedModel(
+                f"Objective: the forward pass writes to its input (batch {index}), so that the data changes from pass to pass. "
+                "Use the out-of-place form, for example x = x / 255."
+            )
+
+    def _said(self, terms: LossTerms) -> LossTerms:
+        """Terms that can be joined with those of other batches."""
+        if not terms.said and len(self.batches) > 1:
+            raise UnknownObjective(
+                f"Objective: the loss {self._loss.name} returned a scalar, but there are {len(self.batches)} batches, and how to "
+                "weight them is not known: batches with different numbers of terms would give a wrong mean. Return (sum, count) from the "
+                "loss, use one of torch.nn.functional's losses, or pass all data as one batch."
+            )
+        return terms
 
     def _check_device(self, batch: Batch, index: int) -> None:
         for tensor in tensors(batch):

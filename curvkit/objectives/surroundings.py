@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from curvkit.errors import UnsupportedModel
+from curvkit.objectives.rewriting import twice_differentiable
 
 PRECISION_SWITCHES = tuple(
     (backend, operator)
@@ -95,8 +96,8 @@ def undisturbed(model: nn.Module) -> Generator[None]:
 def exact_arithmetic(model: nn.Module) -> Generator[None]:
     """Kernels that can be differentiated twice and do not round more than their dtype.
 
-    Attention by the MATH backend (the fused ones have no second derivative), no fused encoder path, no autocast, gradients on, compiled
-    modules run eagerly, no TF32 or bfloat16 in place of float32, and no cuDNN for recurrent layers. All global flags are restored.
+    Attention by the MATH backend (the fused ones have no second derivative), no fused encoder path, `twice_differentiable` modules, no
+    autocast, gradients on, no TF32 or bfloat16 in place of float32, and no cuDNN for recurrent layers. All global flags are restored.
 
     Args:
         model: Decides which switches matter.
@@ -116,11 +117,7 @@ def exact_arithmetic(model: nn.Module) -> Generator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if on_cuda and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(_without_cudnn())
-        if any(
-            type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
-            for m in model.modules()
-        ):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(twice_differentiable(model))
         yield
 
 

@@ -1,8 +1,19 @@
 """Curvature matrices of an objective, seen through their products."""
 
-from curvkit.operators.double import DoubleHessian
+from curvkit.operators.copies import DoubleGGN, DoubleHessian, PerturbedHessian
+from curvkit.operators.ggn import GGN
 from curvkit.operators.hessian import Hessian
 from curvkit.operators.plan import Plan
+from curvkit.operators.preconditioned import Preconditioned
 from curvkit.operators.protocol import CurvatureOperator
 
-__all__ = ["CurvatureOperator", "DoubleHessian", "Hessian", "Plan"]
+__all__ = [
+    "GGN",
+    "CurvatureOperator",
+    "DoubleGGN",
+    "DoubleHessian",
+    "Hessian",
+    "PerturbedHessian",
+    "Plan",
+    "Preconditioned",
+]

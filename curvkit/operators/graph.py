@@ -1,32 +1,58 @@
-"""Second derivatives of one batch by reverse over reverse: the graph of the gradient, differentiated once more."""
+"""The graph of one batch that products are taken from; for the Hessian that of the gradient, differentiated once more."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from curvkit.errors import CurvkitError, UnsupportedModel
+from curvkit.losses import LossTerms
 from curvkit.objectives import Objective
 
 
 @dataclass(frozen=True, eq=False)
-class GradientGraph:
-    """The gradient of a batch's total, with the graph that it was computed by."""
+class BatchGraph(ABC):
+    """What is kept of a batch to multiply its curvature matrix with vectors, and its part of loss and gradient."""
+
+    matrix: ClassVar[str]
+    """The name of the matrix."""
+    rule: ClassVar[str]
+    """How its products are differentiated."""
 
     parameters: tuple[Tensor, ...]
     gradient: tuple[Tensor | None, ...]
-    """One per parameter; None where the loss does not depend on it."""
+    """Of the batch's total, one per parameter; None where the loss does not depend on it."""
     total: float
     weight: float
     count: int | None
 
     @classmethod
-    def build(cls, objective: Objective, index: int, *, number: int | None = None) -> GradientGraph:
+    @abstractmethod
+    def build(cls, objective: Objective, index: int, *, number: int | None = None) -> Self:
+        """Run a batch and keep its graph; call it inside `objective.measuring()`."""
+
+    @classmethod
+    @abstractmethod
+    def product(cls, graphs: Sequence[Any], pieces: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
+        """Multiply the sum of the matrices of graphs of this class with a vector, parameter-shaped; None for zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class GradientGraph(BatchGraph):
+    """The gradient of a batch's total, with the graph that it was computed by."""
+
+    matrix: ClassVar[str] = "Hessian"
+    rule: ClassVar[str] = "reverse over reverse"
+
+    @classmethod
+    def build(cls, objective: Objective, index: int, *, number: int | None = None) -> Self:
         """Differentiate the loss of a batch once, keeping the graph; call it inside `objective.measuring()`.
 
         Args:
@@ -45,48 +71,50 @@ class GradientGraph:
         """
         parameters = objective.tensors
         terms = objective.terms(index)
-        total = terms.total.item()
-        if not torch.isfinite(terms.total):
-            raise CurvkitError(_not_finite(objective, index if number is None else number, total))
+        total = finite_total(cls.matrix, objective, index if number is None else number, terms)
         if not terms.total.requires_grad:
             return cls(parameters, tuple(None for _ in parameters), total, terms.weight, terms.count)
-        with _explained():
+        with explained(cls.matrix):
             gradient = torch.autograd.grad(terms.total, parameters, create_graph=True, allow_unused=True)
         return cls(parameters, gradient, total, terms.weight, terms.count)
 
+    @classmethod
+    def product(cls, graphs: Sequence[Self], pieces: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
+        """Multiply the sum of the graphs' Hessians with a vector.
 
-def product(graphs: Sequence[GradientGraph], pieces: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
-    """Multiply the sum of the graphs' Hessians with a vector.
+            H v = d/dtheta (g(theta) . v)
 
-        H v = d/dtheta (g(theta) . v)
+        Args:
+            graphs: Of the same parameters.
+            pieces: v, parameter-shaped.
+            keep: Whether the graphs are needed again; if not, their buffers are freed on the way.
 
-    Args:
-        graphs: Of the same parameters.
-        pieces: v, parameter-shaped.
-        keep: Whether the graphs are needed again; if not, their buffers are freed on the way.
+        Returns:
+            Parameter-shaped pieces of H v; None for zero.
 
-    Returns:
-        Parameter-shaped pieces of H v; None for zero.
+        Raises:
+            UnsupportedModel: If torch has no second derivative of an operation.
 
-    Cost: about two gradients of the graphs' batches.
-    """
-    outputs, directions = [], []
-    for graph in graphs:
-        for g, v in zip(graph.gradient, pieces, strict=True):
-            if g is not None and g.requires_grad:  # else the loss is linear in this parameter
-                outputs.append(g)
-                directions.append(v)
-    if not outputs:
-        return [None] * len(pieces)
-    parameters = graphs[0].parameters
-    with _explained():
-        return list(torch.autograd.grad(outputs, parameters, directions, retain_graph=keep, allow_unused=True))
+        Cost: about two gradients of the graphs' batches.
+        """
+        outputs, directions = [], []
+        for graph in graphs:
+            for g, v in zip(graph.gradient, pieces, strict=True):
+                if g is not None and g.requires_grad:  # else the loss is linear in this parameter
+                    outputs.append(g)
+                    directions.append(v)
+        if not outputs:
+            return [None] * len(pieces)
+        parameters = graphs[0].parameters
+        with explained(cls.matrix):
+            return list(torch.autograd.grad(outputs, parameters, directions, retain_graph=keep, allow_unused=True))
 
 
-def refuse_not_finite(objective: Objective) -> None:
+def refuse_not_finite(matrix: str, objective: Objective) -> None:
     """Refuse parameters of the space that are NaN or infinite, also where the loss does not show it.
 
     Args:
+        matrix: Whose products are wanted, for the message.
         objective: Its parameters are looked through.
 
     Raises:
@@ -95,13 +123,42 @@ def refuse_not_finite(objective: Objective) -> None:
     for name, tensor in zip(objective.parameters.names, objective.tensors, strict=True):
         if not bool(torch.isfinite(tensor).all()):
             raise CurvkitError(
-                f"Hessian: the parameter {name!r} has NaN or infinite entries: the checkpoint is of a diverged run. Take an earlier one."
+                f"{matrix}: the parameter {name!r} has NaN or infinite entries: the checkpoint is of a diverged run. Take an earlier one."
             )
 
 
+def finite_total(matrix: str, objective: Objective, index: int, terms: LossTerms) -> float:
+    """The total of a batch as a number.
+
+    Args:
+        matrix: Whose products are wanted, for the message.
+        objective: Its model and data may be at fault.
+        index: What the message calls the batch.
+        terms: Of the batch.
+
+    Returns:
+        The total.
+
+    Raises:
+        CurvkitError: If it is NaN or infinite, naming the first bad parameter or the batch.
+    """
+    total = terms.total.item()
+    if not torch.isfinite(terms.total):
+        raise CurvkitError(_not_finite(matrix, objective, index, total))
+    return total
+
+
 @contextlib.contextmanager
-def _explained() -> Generator[None]:
-    """Say which operation has no derivative, and what can be done."""
+def explained(matrix: str) -> Generator[None]:
+    """Say which operation has no derivative, and what can be done.
+
+    Args:
+        matrix: Whose products are wanted, for the message.
+
+    Raises:
+        UnsupportedModel: In place of torch's error that a derivative is not implemented.
+        RuntimeError: Torch's others, as they are.
+    """
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
@@ -110,20 +167,20 @@ def _explained() -> Generator[None]:
             raise
         operation = found[1].removesuffix("_backward").strip("_")
         raise UnsupportedModel(
-            f"Hessian: torch {torch.__version__} has no second derivative of {operation}, which the model or the loss uses. "
+            f"{matrix}: torch {torch.__version__} has no second derivative of {operation}, which the model or the loss uses. "
             "Replace that operation by one that has, or leave the parameters before it out by patterns."
         ) from error
 
 
-def _not_finite(objective: Objective, index: int, value: float) -> str:
+def _not_finite(matrix: str, objective: Objective, index: int, value: float) -> str:
     named = [("parameter", *pair) for pair in objective.model.named_parameters()]
     for kind, name, tensor in [*named, *(("buffer", *pair) for pair in objective.model.named_buffers())]:
         if not bool(torch.isfinite(tensor).all() if kind == "parameter" else not torch.isnan(tensor).any()):
             return (
-                f"Hessian: the loss of batch {index} is {value}, and the {kind} {name!r} has NaN or infinite entries: the "
+                f"{matrix}: the loss of batch {index} is {value}, and the {kind} {name!r} has NaN or infinite entries: the "
                 "checkpoint is of a diverged run. Take an earlier one."
             )
     return (
-        f"Hessian: the loss of batch {index} is {value} though all parameters are finite. "
+        f"{matrix}: the loss of batch {index} is {value} though all parameters are finite. "
         "Check this batch for NaN or infinite values, or compute in float64."
     )

@@ -18,7 +18,7 @@ from curvkit.linalg.basis import norm
 from curvkit.losses.batches import Batch, map_tensors, rows, tensors
 from curvkit.objectives import Objective
 from curvkit.operators.folding import FoldBatchNorm
-from curvkit.operators.graph import GradientGraph, product
+from curvkit.operators.graph import BatchGraph, GradientGraph
 
 Residency = Literal["retained", "streamed"]
 
@@ -64,7 +64,11 @@ class Plan:
 
 
 def choose(
-    objective: Objective, *, residency: Residency | Literal["auto"] = "auto", budget_bytes: int | None = None
+    objective: Objective,
+    *,
+    residency: Residency | Literal["auto"] = "auto",
+    budget_bytes: int | None = None,
+    kind: type[BatchGraph] = GradientGraph,
 ) -> Plan:
     """Choose between keeping the graphs and building them anew for each product, and how far to cut the batches.
 
@@ -76,6 +80,7 @@ def choose(
         objective: What will be differentiated.
         residency: "retained", "streamed", or "auto" for this choice.
         budget_bytes: For the graphs; None takes half of the memory that is free.
+        kind: Of the graphs that products will be taken from.
 
     Returns:
         The plan.
@@ -88,18 +93,18 @@ def choose(
     """
     if residency not in (*get_args(Residency), "auto"):
         raise InvalidArgument(
-            f"Hessian: residency={residency!r} is not one of retained, streamed, auto. Use 'auto' if in doubt."
+            f"{kind.matrix}: residency={residency!r} is not one of retained, streamed, auto. Use 'auto' if in doubt."
         )
     if budget_bytes is not None and budget_bytes <= 0:
         raise InvalidArgument(
-            f"Hessian: budget_bytes={budget_bytes!r} must be positive. Pass the bytes that graphs may take."
+            f"{kind.matrix}: budget_bytes={budget_bytes!r} must be positive. Pass the bytes that graphs may take."
         )
     budget = budget_bytes if budget_bytes is not None else int(BUDGET_FRACTION * free_memory(objective.device))
-    divisible = rows_are_independent(objective, objective.batches[:1])
+    divisible = rows_are_independent(objective, objective.batches[:1], kind=kind)
     probe = objective.cut(PROBE_SHARE)[0] if divisible else objective
     scale = 1 / _share(probe.batches[0], objective.batches[0])
     largest = max(_share(batch, objective.batches[0]) for batch in objective.batches) * scale
-    second, first = saved_bytes(probe, gradient=True), saved_bytes(probe, gradient=False)
+    second, first = saved_bytes(probe, gradient=True, kind=kind), saved_bytes(probe, gradient=False)
     held = int(second * scale * sum(_share(batch, objective.batches[0]) for batch in objective.batches))
     need = held + int(second * largest) + 3 * objective.parameters.n * objective.dtype.itemsize
     if residency != "auto":
@@ -111,7 +116,7 @@ def choose(
     parts = 1
     if chosen == "streamed" and divisible and second > 0:
         parts = max(math.ceil(second / max(first, 1)), math.ceil(2 * second * largest / budget), 1)
-        parts = parts if parts == 1 or rows_are_independent(objective, objective.batches) else 1
+        parts = parts if parts == 1 or rows_are_independent(objective, objective.batches, kind=kind) else 1
     return Plan(
         chosen,
         reason,
@@ -119,39 +124,41 @@ def choose(
         held,
         int(second * largest),
         budget,
+        rule=kind.rule,
         **_surroundings(objective),
     )
 
 
-def fitting(plan: Plan, objective: Objective) -> Plan:
+def fitting(plan: Plan, objective: Objective, *, kind: type[BatchGraph] = GradientGraph) -> Plan:
     """Check that a plan gives the same bits here.
 
     Args:
         plan: Made earlier, perhaps in another process.
         objective: What it shall be used for.
+        kind: Of the graphs that products will be taken from.
 
     Returns:
         The plan itself.
 
     Raises:
-        InvalidArgument: If it is for another dtype, device or number of threads.
+        InvalidArgument: If it is for another dtype, device, number of threads or kind of product.
     """
-    for name, here in _surroundings(objective).items():
+    for name, here in {**_surroundings(objective), "rule": kind.rule}.items():
         if getattr(plan, name) != here:
             raise InvalidArgument(
-                f"Hessian: the plan is for {name}={getattr(plan, name)!r}, here it is {here!r}, so that sums would round in another way. "
-                "Restore that, or leave plan out for a new one."
+                f"{kind.matrix}: the plan is for {name}={getattr(plan, name)!r}, here it is {here!r}, so that sums would round in another "
+                "way. Restore that, or leave plan out for a new one."
             )
     return plan
 
 
-def saved_bytes(objective: Objective, *, gradient: bool) -> int:
+def saved_bytes(objective: Objective, *, gradient: bool, kind: type[BatchGraph] = GradientGraph) -> int:
     """Count the bytes that differentiating the first batch keeps alive, parameters and data not counted.
 
     Args:
         objective: Evaluated on its first batch.
-        gradient: True for the graph of the gradient, as products need it; False for an ordinary forward pass with the kernels that
-            training would use.
+        gradient: True for the graph that products need; False for an ordinary forward pass with the kernels that training would use.
+        kind: Of that graph.
 
     Returns:
         Bytes of distinct storages.
@@ -174,11 +181,13 @@ def saved_bytes(objective: Objective, *, gradient: bool) -> int:
                 objective.terms(0)
             return sum(seen.values())
         with FoldBatchNorm(objective.model):
-            GradientGraph.build(objective, 0)
+            kind.build(objective, 0)
     return sum(seen.values())
 
 
-def rows_are_independent(objective: Objective, batches: Sequence[Batch]) -> bool:
+def rows_are_independent(
+    objective: Objective, batches: Sequence[Batch], *, kind: type[BatchGraph] = GradientGraph
+) -> bool:
     """Whether the loss of each batch is the sum over its halves: what couples rows must not be cut.
 
     Rows may be steps of time, nodes of a graph, or normalised together. Coupling that does not show in the loss, because a gate is
@@ -187,6 +196,7 @@ def rows_are_independent(objective: Objective, batches: Sequence[Batch]) -> bool
     Args:
         objective: The function.
         batches: Batches of it.
+        kind: Of the products that are compared.
 
     Returns:
         False also where it cannot be known, because the terms of the loss are not.
@@ -207,13 +217,13 @@ def rows_are_independent(objective: Objective, batches: Sequence[Batch]) -> bool
         return False  # its own message, if it is no matter of rows, comes when the whole batch is run
     few = objective.with_batches([map_tensors(lambda tensor: tensor[:4], batches[0])])
     try:
-        return _curvature_differs(few, few.cut(2)[0]) <= CURVATURE_ROUNDING * eps
+        return _curvature_differs(few, few.cut(2)[0], kind) <= CURVATURE_ROUNDING * eps
     except (CurvkitError, RuntimeError):  # from the model on so few rows, or for lack of a second derivative
         return False
 
 
-def _curvature_differs(one: Objective, other: Objective) -> float:
-    """Relative difference of two Hessian products with the same random vector, sums over the batches."""
+def _curvature_differs(one: Objective, other: Objective, kind: type[BatchGraph]) -> float:
+    """Relative difference of two products with the same random vector, sums over the batches."""
     space, size = one.parameters, 0.0
     with one.measuring():
         v = list(space.split(seeds.normal(space.n, 0, "rows", dtype=one.dtype, device=one.device)))
@@ -221,7 +231,7 @@ def _curvature_differs(one: Objective, other: Objective) -> float:
         targets = list(space.split(difference))
         for objective, sign in ((one, 1.0), (other, -1.0)):
             for index in range(len(objective.batches)):
-                pieces = product([GradientGraph.build(objective, index)], v, keep=False)
+                pieces = kind.product([kind.build(objective, index)], v, keep=False)
                 for target, piece in zip(targets, pieces, strict=True):
                     if piece is not None:
                         target.add_(piece, alpha=sign)

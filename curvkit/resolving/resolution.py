@@ -9,7 +9,7 @@ from curvkit.checkpoints import Checkpoint, Recipe, fit
 from curvkit.checkpoints.recipes import LOSSES
 from curvkit.errors import InvalidArgument, UnknownObjective
 from curvkit.losses.kinds import KnownLoss
-from curvkit.models import build
+from curvkit.models import BUILDERS, build
 from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import random_state
 from curvkit.resolving.factories import call_factory, load_factory, neighbours
@@ -61,6 +61,9 @@ def resolve(
         source = f"recipe in the checkpoint ({checkpoint.recipe.get('builder')}, {checkpoint.recipe.get('loss')})"
     else:
         raise UnknownObjective(_teaching(checkpoint))
+    if len(checkpoint.weight_keys) > 1:
+        taken, *others = checkpoint.weight_keys
+        source += f", weights under {taken!r}, not {' or '.join(map(repr, others))}"
     fit(objective.model, checkpoint.weights, str(checkpoint.path))
     try:
         objective = replace(objective, num_batches=num_batches or objective.num_batches)
@@ -91,6 +94,6 @@ def _teaching(checkpoint: Checkpoint) -> str:
             f"  found    {checkpoint}{keys}",
             "  missing  an objective: a function returning curvkit.Objective(model, loss, data)",
             f"  do one   curvkit sharpness {path} --objective train.py:objective",
-            "           curvkit.save(path, model=model, recipe=...)    in your training loop, then no flag is needed",
+            f"           curvkit.save(path, model=model, recipe=...)    for curvkit's own models ({', '.join(BUILDERS)}): needs no flag then",
         )
     )

@@ -52,8 +52,9 @@ class Eigenpairs:
     residual_dtype: str = "float32"
     """Precision of the products that the residuals were recomputed with."""
     product_error: float = 0.0
-    """Error of the search's products relative to ||A|| that the bounds allow for; measured on the outermost vector where the residuals
-    are of a higher precision, else assumed."""
+    """Error of the search's products relative to ||A|| that the bounds allow for."""
+    rounding_measured: bool = False
+    """True: `product_error` was seen, against a higher precision or by perturbation; False: 8 eps, an assumption."""
     asked: int = 1
     """How many eigenvalues were wanted; fewer are listed if the budget ended before so many were seen."""
     space: ParameterSpace | None = None

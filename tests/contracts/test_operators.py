@@ -20,7 +20,7 @@ from curvkit.linalg import DenseMap, FunctionMap, LinearMap
 from curvkit.losses import token_cross_entropy
 from curvkit.models import MLP, Decoder
 from curvkit.objectives import Objective
-from curvkit.operators import CurvatureOperator, Hessian
+from curvkit.operators import GGN, CurvatureOperator, Hessian, Preconditioned
 from curvkit.testing import check_operator
 
 
@@ -52,9 +52,18 @@ OBJECTIVES = {
     "decoder": language,
     "batch norm": batch_norm,
 }
+
+
+def preconditioned(operator: CurvatureOperator) -> Preconditioned:
+    return Preconditioned(operator, 0.1 + normal(operator.n, dtype=operator.dtype).square())
+
+
 CURVATURE: dict[str, Callable[[Objective], CurvatureOperator]] = {
     "Hessian, retained": lambda objective: Hessian(objective, residency="retained"),
     "Hessian, streamed": lambda objective: Hessian(objective, residency="streamed"),
+    "GGN, retained": lambda objective: GGN(objective, residency="retained"),
+    "GGN, streamed": lambda objective: GGN(objective, residency="streamed"),
+    "GGN, preconditioned": lambda objective: preconditioned(GGN(objective)),
 }
 MAPS: dict[str, Callable[[], LinearMap]] = {
     "DenseMap": lambda: DenseMap(rotated(torch.linspace(-1, 5, 40, dtype=torch.float64))),

@@ -1,0 +1,113 @@
+"""curvkit trace: how much curvature is there in all, and where?"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import measuring, options, records, render, render_trace
+from ..failures import say
+from ..interrupts import INTERRUPTED, conclude
+from ..measuring import NOT_CONVERGED
+from ..options import Output, Sampling, Target
+from ..progress import counted
+
+if TYPE_CHECKING:
+    from curvkit.measures import Trace, TraceSettings
+
+
+@click.command()
+@options.target
+@click.option(
+    "--by",
+    type=click.Choice(["layer", "param"]),
+    default="layer",
+    show_default=True,
+    help="Rows of the table: layers, or parameter tensors.",
+)
+@options.BATCHES
+@options.sampling
+@options.output
+@click.pass_context
+def trace(ctx: click.Context, target: Target, by: str, batches: int | None, sampling: Sampling, output: Output) -> int:
+    """Trace of the Hessian of a CHECKPOINT, with its interval, by layer.
+
+    The checkpoint is a file of torch.save. If curvkit.save wrote it with a recipe, nothing else is needed; else say with --objective
+    which function returns curvkit.Objective(model, loss, data). Only weights are read from the file; nothing in it is run.
+
+    The trace is the sum of all eigenvalues. It is exact where that is cheap; else the 95 % interval holds it for the data at hand.
+    """
+    settings = _settings(sampling)
+    destination = records.destination(output, "trace.json")
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
+        from curvkit.measures import trace_steps
+
+        resolved = measuring.resolved_objective(target, batches, output)
+        steps = trace_steps(resolved.objective, settings, seed=sampling.seed)
+        told = partial(_told, most=sampling.max_products)
+        latest, interrupted = measuring.followed(steps, "trace", told, target=target, output=output)
+    result = {"interrupted": interrupted} if latest is None else {**latest.to_dict(), "interrupted": interrupted}
+    record = records.describe(ctx, target, resolved) | measuring.facts(latest)
+    document = render.json_document("trace", result, record)
+    name = str(target.checkpoint)
+    measuring.show(
+        latest,
+        document,
+        output,
+        plain=partial(render_trace.plain, title=name, by=by),
+        table=partial(render_trace.table, title=f"trace of {name}", by=by, color=output.color),
+    )
+    if destination is not None and latest is not None:
+        records.write(destination, document, output)
+    if interrupted:
+        conclude(
+            "Interrupted." if latest is not None else "Interrupted before the first product: nothing is known yet."
+        )
+        return INTERRUPTED
+    return _judge(latest, output)
+
+
+def _settings(sampling: Sampling) -> TraceSettings:
+    from curvkit.linalg import trace as linalg_trace
+    from curvkit.measures import TraceSettings
+
+    method: Any = sampling.method
+    residency: Any = sampling.residency
+    search = linalg_trace.Settings(
+        method=method,
+        tolerance=sampling.tolerance,
+        absolute_tolerance=sampling.absolute_tolerance,
+        rank=sampling.rank,
+        max_products=sampling.max_products,
+        max_seconds=sampling.max_time,
+    )
+    return TraceSettings(search, residency=residency, memory_bytes=sampling.memory)
+
+
+def _told(result: Trace, most: int) -> tuple[float, str]:
+    """Share of the work done: of the budget, or of the probes, whose number goes as one over the square of the half-width."""
+    found, products = result.estimate, counted(result.products, "product")
+    if result.stage == "complete":
+        return 1.0, products
+    spent = found.products / most
+    if not math.isfinite(found.half_width):
+        return min(spent, 0.98), products
+    width = (found.allowed / found.half_width) ** 2 if found.half_width > 0 else 1.0
+    return min(
+        max(spent, min(width, found.probes / 30)), 0.98
+    ), f"{products}, {found.value:.4g} ± {found.half_width:.2g}"
+
+
+def _judge(result: Trace | None, output: Output) -> int:
+    if result is not None and result.estimate.converged:
+        return 0
+    say(
+        "Warning: not converged: the interval is wider than the tolerance. It holds as it is; for a narrower one raise --max-products or "
+        "--max-time; where the trace is near zero set --absolute-tolerance."
+    )
+    return NOT_CONVERGED if output.strict else 0

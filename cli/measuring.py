@@ -1,0 +1,150 @@
+"""What every measuring command does: find the objective, follow the steps under a progress line, show, write, judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import click
+
+from . import render
+from .failures import say
+from .options import Output, Target
+from .progress import ProgressLine
+
+if TYPE_CHECKING:
+    from curvkit.operators import Plan
+    from curvkit.resolving import Resolved
+
+NOT_CONVERGED = 5
+
+
+class Result(Protocol):
+    """What the record needs of a result."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def products(self) -> int: ...
+
+
+Measured = TypeVar("Measured")
+
+
+def resolved_objective(target: Target, batches: int | None, output: Output) -> Resolved:
+    """Find model, loss and data, with the weights of the checkpoint, in the mode, precision and place that were asked for."""
+    import torch
+
+    from curvkit.checkpoints import read
+    from curvkit.parameters import ParameterSpace
+    from curvkit.resolving import Resolved, resolve
+
+    resolved = resolve(
+        read(target.checkpoint), reference=target.objective, settings=dict(target.set), num_batches=batches
+    )
+    objective = resolved.objective
+    if target.mode != "asis":
+        objective.model.train(target.mode == "train")
+    if target.params:
+        from dataclasses import replace
+
+        objective = replace(objective, parameters=ParameterSpace.of(objective.model, target.params))
+    device = ("cuda" if torch.cuda.is_available() else None) if target.device == "auto" else _device(target.device)
+    dtype = {"auto": None, "float32": torch.float32, "float64": torch.float64}[target.dtype]
+    objective = objective.converted(dtype=dtype, device=device)
+    if not output.quiet:
+        say(f"objective: {resolved.source}")
+        there = len(objective.batches)
+        if batches is not None and there < batches:
+            say(f"note: --batches {batches}, but the data has only {there}: all of it is used")
+    return Resolved(objective, resolved.source)
+
+
+def _device(name: str) -> str:
+    """Check that something can be computed there."""
+    import torch
+
+    from curvkit.errors import InvalidArgument
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidArgument(
+            f"--device {name}: torch knows no such device. Write cpu, cuda, cuda:1, or auto, the default."
+        ) from error
+    try:
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
+        raise InvalidArgument(f"--device {name}: this machine cannot use it ({reason}). Use --device cpu.") from error
+    return name
+
+
+def followed(
+    steps: Iterable[Measured],
+    title: str,
+    told: Callable[[Measured], tuple[float, str]],
+    *,
+    target: Target,
+    output: Output,
+) -> tuple[Measured | None, bool]:
+    """Follow the steps under a progress line: the last result, and whether Ctrl-C cut them short.
+
+    `told` says of a result which share of the work is done, and a few words.
+    """
+    from curvkit.errors import UnsupportedModel
+
+    latest = None
+    try:
+        with ProgressLine(title, quiet=output.quiet, color=output.color) as progress:
+            for latest in steps:
+                progress.update(*told(latest))
+    except KeyboardInterrupt:
+        return latest, True
+    except UnsupportedModel as error:
+        if target.mode == "eval" or "model.eval()" not in str(error):
+            raise
+        raise UnsupportedModel(str(error).replace("Call model.eval()", "Use --mode eval, the default")) from error
+    return latest, False
+
+
+def facts(result: Result | None) -> dict[str, Any]:
+    """What the record says of the run itself."""
+    from curvkit import results
+
+    if result is None:
+        return {}
+    return {
+        "seed": result.seed,
+        "plan": results.plain(result.plan),
+        "seconds": result.seconds,
+        "products": result.products,
+    }
+
+
+def show(
+    result: Measured | None,
+    document: dict[str, Any],
+    output: Output,
+    *,
+    plain: Callable[[Measured], str],
+    table: Callable[[Measured], None],
+) -> None:
+    """Print the result in the format that was asked for; of nothing only the JSON document."""
+    from curvkit import results
+
+    shape = render.chosen_format(output.format)
+    if shape == "json":
+        click.echo(results.to_json(document))
+    elif result is None:
+        return
+    elif shape == "plain":
+        click.echo(plain(result))
+    else:
+        table(result)

@@ -1,0 +1,122 @@
+"""A trace on stdout: whose share it is, its interval, its method and its cost."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from .progress import counted, duration, styled
+from .render import digits, listed, print_remarks, tab_separated
+
+if TYPE_CHECKING:
+    from curvkit.measures import Trace, TraceShare
+
+
+def table(result: Trace, title: str, by: str, color: str) -> None:
+    """Print the table with everything that must stand beside the numbers; where it does not fit, a line per number."""
+    console = styled(color)
+    console.print(Text(title, style="bold", overflow="fold"))
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in (by if by == "layer" else "parameter", "parameters", "trace", "± s.e.", "share", "trace/param"):
+        left = name in ("layer", "parameter")
+        grid.add_column(name, justify="left" if left else "right", header_style="dim", no_wrap=True)
+    lines: list[tuple[str, ...]] = [_cells(result, share) for share in _rows(result, by)]
+    for cells in lines:
+        grid.add_row(*map(Text, cells))
+    found = result.estimate
+    total = Text(_shown(found.value, found.stderr), style="bold")
+    grid.add_row(
+        Text("total"), Text(f"{result.definition.parameters:,}"), total, _error(found.stderr), "", f"{result.mean:.2e}"
+    )
+    if console.measure(grid).maximum + 1 <= console.width:
+        console.print(Padding(grid, (0, 0, 0, 1)))
+    else:
+        for name, parameters, value, error, share, mean in lines:
+            console.print(Text(f" {name}  {parameters} parameters", overflow="fold"))
+            console.print(Text(f"   {value} ± {error}  {share}  {mean} per parameter", overflow="fold"))
+        console.print(Text.assemble(" total  ", total, f" ± {_error(found.stderr)}"))
+    print_remarks(console, remarks(result))
+
+
+def plain(result: Trace, title: str, by: str) -> str:
+    """Tab-separated lines: a header, one line per share, the total, then one line per remark."""
+    lines = [["name", "kind", "parameters", "trace", "stderr", "share", "per_parameter"]]
+    for share in _rows(result, by):
+        part = repr(share.value / result.value) if result.value else "-"
+        numbers = (str(share.parameters), repr(share.value), repr(share.stderr), part, repr(share.mean))
+        lines.append([share.name, share.kind, *numbers])
+    found, count = result.estimate, str(result.definition.parameters)
+    lines.append(["total", "", count, repr(found.value), repr(found.stderr), "1.0", repr(result.mean)])
+    lines += [["low", repr(found.low)], ["high", repr(found.high)]]
+    return tab_separated([*lines, *map(list, (("checkpoint", title), *remarks(result)))])
+
+
+def remarks(result: Trace) -> list[tuple[str, str]]:
+    """What stands below the numbers."""
+    found = result.estimate
+    made = [
+        ("what", "the trace of the Hessian at this checkpoint: the sum of its eigenvalues, and of its diagonal"),
+        ("interval", _interval(result)),
+        ("definition", str(result.definition)),
+        *([("unit", f"{result.unit}; the trace is in that per parameter squared")] if result.unit else []),
+        ("at", f"loss {result.loss:.6g} · gradient norm {result.gradient_norm:.3g}"),
+        ("method", _method(result)),
+        ("cost", f"{counted(result.products, 'product')} · {duration(result.seconds)}"),
+        ("engine", f"{result.plan} · seed {result.seed}"),
+    ]
+    if result.stage != "complete":
+        made.insert(0, ("PARTIAL", "interrupted: the interval is that of the probes so far"))
+    if not result.layers and result.stage == "complete":
+        made.append(("note", f"{found.method} gives no shares of layers; --method deflated does"))
+    made += [("note", note) for note in result.notes]
+    if result.unused:
+        made.append(("note", f"the loss does not depend on {listed(result.unused)}: zero curvature there"))
+    return made
+
+
+def _rows(result: Trace, by: str) -> tuple[TraceShare, ...]:
+    return result.layers if by == "layer" else result.parameters
+
+
+def _cells(result: Trace, share: TraceShare) -> tuple[str, ...]:
+    part = f"{share.value / result.value:.1%}" if result.value and math.isfinite(result.value) else "-"
+    value = _shown(share.value, share.stderr)
+    return (
+        f"{share.name} ({share.kind})",
+        f"{share.parameters:,}",
+        value,
+        _error(share.stderr),
+        part,
+        f"{share.mean:.2e}",
+    )
+
+
+def _shown(value: float, stderr: float) -> str:
+    return digits(value, stderr if math.isfinite(stderr) else 0.0)
+
+
+def _error(stderr: float) -> str:
+    return "exact" if stderr == 0.0 else "?" if math.isnan(stderr) else f"{stderr:.2g}"
+
+
+def _interval(result: Trace) -> str:
+    found = result.estimate
+    if found.exact:
+        return "none: every diagonal entry was computed, what is left is rounding"
+    if not math.isfinite(found.half_width):
+        return "nothing is known with fewer than two probes"
+    low, high = digits(found.low, found.half_width), digits(found.high, found.half_width)
+    relative = f", ± {found.half_width / abs(found.value):.2g} of the value" if found.value else ""
+    few = "" if found.probes >= 30 else f"; {found.probes} probes are few for that, 30 are the least that count"
+    return f"[{low}, {high}] holds the trace for this data with probability {found.confidence:.0%} over the probes{relative}{few}"
+
+
+def _method(result: Trace) -> str:
+    found = result.estimate
+    sampled = f", {counted(found.probes, 'probe')}" if found.probes else ""
+    exact = f", {found.rank} dimensions exactly" if found.rank and not found.exact else ""
+    return f"{found.method}{exact}{sampled} ({found.reason})"

@@ -1,0 +1,256 @@
+"""The trace of a symmetric matrix from its products, with an interval that holds where sampling stops.
+
+`search` runs one of the methods and adds the stopping rule; `estimate` is its last word. Each method is an iterator without an end
+in a file of its own: `hutchinson`, `deflation`, `hutchpp`, `xtrace`; the rule is in `student`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvkit import seeds
+from curvkit.errors import InvalidArgument
+from curvkit.linalg import deflation, hutchinson, hutchpp, student, xtrace
+from curvkit.linalg.hutchinson import Draws, Samples, refuse_not_finite
+from curvkit.linalg.maps import LinearMap
+from curvkit.linalg.trace_settings import LEFT_OUT, RANK, Method, Settings
+from curvkit.results.trace_estimate import TraceEstimate, TraceParts
+
+__all__ = ["Method", "Settings", "estimate", "search"]
+
+SMALL = 2 * student.LEAST
+"""Up to this order n products are never many more than probes would take."""
+CHUNK = 16
+"""Basis vectors that are multiplied together."""
+WORTH = 90
+"""From so many predicted probes on a subspace is worth its products; the first 30 probes count after it, too."""
+FEW = 120
+"""Up to this order all basis vectors are preferred to a subspace."""
+Told = tuple[Draws, str, str]
+"""What is known, by which method, and why that one."""
+
+
+def search(
+    A: LinearMap,
+    settings: Settings | None = None,
+    *,
+    lengths: Sequence[int] | None = None,
+    seed: int | None = None,
+    start: Tensor | None = None,
+) -> Iterator[TraceEstimate]:
+    """Estimate tr A until its interval is narrow enough.
+
+    The interval is the estimate ± `student.half_width`. It is looked at after 30 probes and then each time their number has grown by
+    a quarter, and at the end of the budget; at those looks alone an estimate is called converged, if the half-width is at most
+    max(tolerance |value|, absolute_tolerance).
+
+    Args:
+        A: Symmetric, of order n.
+        settings: What is wanted; None takes the defaults.
+        lengths: Coordinates of consecutive parts whose shares are wanted, n in all; None: one part.
+        seed: Of every draw; None draws one.
+        start: [n], a direction rich in eigenvectors of large eigenvalues, for the subspace of "deflated"; it must not depend on the probes.
+
+    Yields:
+        Partial results, and last the one at which the rule or the budget stopped.
+
+    Raises:
+        InvalidArgument: If settings, lengths or start do not fit the matrix.
+        CurvkitError: If a product has NaN or infinite entries.
+    """
+    settings, began, before, rank = settings or Settings(), time.monotonic(), 0, 0
+    lengths = (A.n,) if lengths is None else tuple(lengths)
+    _check_fit(A, settings, lengths, start)
+    for draws, method, reason in _told(A, settings, lengths, seeds.settle(seed), start):
+        last = draws.exact or draws.products + draws.step > settings.max_products
+        last = last or (settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds)
+        last = last or (method == "xtrace" and (draws.probes == A.n or _full(settings, draws.probes)))
+        found = _estimate(draws, settings, method, reason)
+        before, rank = (before if draws.rank == rank or method == "xtrace" else 0), draws.rank
+        due = draws.exact or (draws.probes >= student.LEAST and (last or student.is_due(draws.probes, before)))
+        before = draws.probes
+        found = replace(found, converged=due and found.half_width <= found.allowed)
+        yield found
+        if last or found.converged:
+            return
+
+
+def estimate(A: LinearMap, *, seed: int | None = None, **options: Any) -> TraceEstimate:
+    """Estimate tr A: the last result of `search`.
+
+    Args:
+        A: Symmetric, of order n.
+        seed: Of every draw; None draws one.
+        **options: Fields of `Settings`.
+
+    Returns:
+        The estimate; `converged` says whether its interval is as narrow as was asked for.
+
+    Raises:
+        InvalidArgument: If an option is out of range.
+        CurvkitError: If a product has NaN or infinite entries.
+
+    Cost: the products that it says.
+    Accuracy: [low, high] holds the trace with probability 0.95, about; measured in docs/concepts/trace.md.
+
+    Example:
+        >>> from curvkit.linalg import FunctionMap
+        >>> d = torch.arange(1.0, 101.0)
+        >>> found = estimate(FunctionMap(100, lambda v: d * v), seed=0, method="hutchinson")
+        >>> found.value, found.converged, found.probes   # a diagonal matrix: no two probes differ
+        (5050.0, True, 30)
+    """
+    *_, last = search(A, Settings(**options), seed=seed)
+    return last
+
+
+def _told(
+    A: LinearMap, settings: Settings, lengths: tuple[int, ...], seed: int, start: Tensor | None
+) -> Iterator[Told]:
+    """Run the method that was asked for, or choose."""
+    method = settings.method
+    if method == "auto":
+        yield from _auto(A, settings, lengths, seed, start)
+        return
+    if method == "exact":
+        steps = _exact(A, lengths)
+    elif method == "hutchinson":
+        steps = hutchinson.steps(A, lengths=lengths, seed=seed, block_size=settings.block_size)
+    elif method == "deflated":
+        rank = settings.affordable_rank(A.n, per_dimension=1)
+        steps = deflation.deflated_steps(A, rank=rank, lengths=lengths, seed=seed, start=start)
+    elif method == "hutch++":
+        steps = hutchpp.steps(A, rank=settings.affordable_rank(A.n, per_dimension=2), lengths=lengths, seed=seed)
+    else:
+        steps = xtrace.steps(A, seed=seed)
+    for draws in steps:
+        yield draws, method, "as asked"
+
+
+def _auto(
+    A: LinearMap, settings: Settings, lengths: tuple[int, ...], seed: int, start: Tensor | None
+) -> Iterator[Told]:
+    """Choose by cost: all basis vectors, probes alone, or probes after a subspace that makes use of the first probes."""
+    if A.n <= min(SMALL, settings.max_products):
+        for draws in _exact(A, lengths):
+            yield draws, "exact", f"{A.n} products give every diagonal entry"
+        return
+    samples, pilot = Samples(lengths), min(student.LEAST, settings.max_products)
+    draws = samples.draws(products=0, step=1)
+    while samples.size < pilot:
+        size = min(settings.block_size, pilot - samples.size)
+        for row in hutchinson.sampled(A, samples.size, lengths=lengths, seed=seed, block_size=size):
+            samples.append(row)
+        draws = samples.draws(products=samples.size, step=1)
+        yield draws, "hutchinson", f"the first {pilot} probes, which show what is needed"
+    needed = _needed(draws, settings)
+    rank = settings.affordable_rank(A.n, per_dimension=1, asked=max(RANK // 2, min(2 * RANK, needed // 5)))
+    deflated = needed >= WORTH and A.n > FEW and 0 < rank < settings.max_products - pilot
+    predicted = f"{needed:,} probes were predicted"
+    if deflated:
+        steps, method = deflation.resumed(A, samples, rank=rank, seed=seed, start=start), "deflated"
+        predicted += " without a subspace"
+    else:
+        steps, method = (
+            hutchinson.steps(A, lengths=lengths, seed=seed, block_size=settings.block_size, drawn=samples),
+            "hutchinson",
+        )
+        predicted += "" if needed >= WORTH else ", too few for a subspace to pay"
+    before, looking = 0, not deflated
+    while True:
+        if looking and student.is_due(draws.probes, before):  # every diagonal entry, if that has become the cheaper way
+            more = _needed(draws, settings) - draws.probes
+            if A.n <= min(more, settings.max_products - draws.products):
+                break
+        before = draws.probes if looking else 0
+        draws = next(steps)
+        looking = looking or draws.rank > 0
+        yield draws, method if draws.rank or not deflated else "hutchinson", predicted
+    reason = f"{more:,} more probes were predicted, {A.n:,} products give every diagonal entry"
+    for found in _exact(A, lengths):
+        kept = found if found.exact else draws
+        products = draws.products + found.products
+        yield replace(kept, products=products, step=found.step), "exact" if found.exact else method, reason
+
+
+def _needed(draws: Draws, settings: Settings) -> int:
+    """Predict the probes that the tolerance takes; 10^9 where nothing is known of it."""
+    if draws.probes < 2:
+        return 10**9
+    allowed = _estimate(draws, settings, "", "").allowed
+    return student.probes_needed(draws.stderr * draws.probes**0.5, allowed)
+
+
+def _exact(A: LinearMap, lengths: Sequence[int]) -> Iterator[Draws]:
+    """Read every diagonal entry, from products with all basis vectors; the last state alone has a value."""
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    known = torch.zeros(len(lengths), dtype=torch.float64)
+    for begin in range(0, A.n, CHUNK):
+        size = min(CHUNK, A.n - begin)
+        E = torch.zeros(A.n, size, dtype=A.dtype, device=A.device)
+        E[begin : begin + size].fill_diagonal_(1.0)
+        Y = A.matmat(E)
+        refuse_not_finite(Y.double().sum(), f"with one of basis vectors {begin + 1} to {begin + size}")
+        entries = Y[begin : begin + size].diagonal().double().cpu()
+        known.index_add_(0, owner[begin : begin + size], entries)
+        done, step = begin + size, min(CHUNK, A.n - begin - size)
+        if step:
+            yield Draws(float("nan"), float("nan"), 0, done, step)
+    none = torch.zeros(0, len(lengths), dtype=torch.float64)
+    yield Draws(known.sum().item(), 0.0, 0, A.n, 0, A.n, parts=TraceParts(tuple(lengths), known, none), exact=True)
+
+
+def _estimate(draws: Draws, settings: Settings, method: str, reason: str) -> TraceEstimate:
+    """Add the interval; not yet whether it is narrow enough."""
+    half = 0.0 if draws.exact else student.half_width(draws.stderr, draws.probes)
+    unknown = draws.value != draws.value
+    return TraceEstimate(
+        value=draws.value,
+        stderr=draws.stderr,
+        low=-float("inf") if unknown else draws.value - half,
+        high=float("inf") if unknown else draws.value + half,
+        confidence=1.0 if draws.exact else student.CONFIDENCE,
+        probes=draws.probes,
+        products=draws.products,
+        method=method,
+        reason=reason,
+        converged=False,
+        tolerance=settings.tolerance,
+        absolute_tolerance=settings.absolute_tolerance,
+        exact=draws.exact,
+        rank=draws.rank,
+        parts=draws.parts,
+    )
+
+
+def _full(settings: Settings, vectors: int) -> bool:
+    """Whether XTrace has no room for another vector."""
+    return settings.max_rows is not None and 2 * (vectors + 1) + LEFT_OUT > settings.max_rows
+
+
+def _check_fit(A: LinearMap, settings: Settings, lengths: tuple[int, ...], start: Tensor | None) -> None:
+    if sum(lengths) != A.n or min(lengths, default=-1) < 0:
+        raise InvalidArgument(
+            f"trace: the parts have {sum(lengths)} coordinates, the matrix has order {A.n}. Pass lengths that add up to {A.n}."
+        )
+    if start is not None and start.shape != (A.n,):
+        raise InvalidArgument(
+            f"trace: start has shape {tuple(start.shape)}, the matrix has order {A.n}. Pass a vector [{A.n}]."
+        )
+    if settings.method == "exact" and settings.max_products < A.n:
+        raise InvalidArgument(
+            f"trace: method='exact' takes {A.n} products, max_products={settings.max_products} allows fewer. Allow {A.n}, or use 'auto'."
+        )
+    per_dimension = {"deflated": 1, "hutch++": 2}.get(settings.method, 0)
+    if per_dimension and not settings.affordable_rank(A.n, per_dimension=per_dimension):
+        raise InvalidArgument(
+            f"trace: method={settings.method!r} with rank={settings.rank} does not fit: order {A.n}, max_products={settings.max_products}, "
+            f"{'any number of' if settings.max_rows is None else settings.max_rows} vectors in memory. A subspace of rank r takes "
+            f"{per_dimension} r products and r + {LEFT_OUT} vectors, and r must be below the order. Raise the budget, or use 'hutchinson'."
+        )

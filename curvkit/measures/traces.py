@@ -1,0 +1,198 @@
+"""The trace of the Hessian at a point, with the interval that its probes leave, and whose share it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from curvkit import seeds
+from curvkit.errors import InvalidArgument, UnsupportedModel
+from curvkit.linalg import trace as linalg_trace
+from curvkit.linalg.basis import dot, norm
+from curvkit.linalg.trace import Method
+from curvkit.losses import KnownLoss, token_cross_entropy
+from curvkit.losses.batches import inputs_and_targets
+from curvkit.measures.definitions import definition
+from curvkit.measures.trace_result import Trace, shares
+from curvkit.objectives import Objective
+from curvkit.operators import Hessian
+from curvkit.operators.plan import Residency, free_memory
+
+ASYMMETRY = 100.0
+"""Asymmetry above this times eps, relative to the products, is refused. Seen in float32: at most 0.1 for right second derivatives,
+250 and more for wrong ones."""
+VECTORS_FRACTION = 0.25
+"""Share of the free memory that vectors of the search may take by default."""
+TOGETHER = 4
+"""Probes per product where graphs are streamed, which then are built once for all of them."""
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """How a trace is measured; `search` has method, tolerance and budget."""
+
+    search: linalg_trace.Settings = field(default_factory=linalg_trace.Settings)
+    residency: Residency | Literal["auto"] = "auto"
+    memory_bytes: int | None = None
+    """For graphs and vectors, half each; None: half and a quarter of the memory that is free."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.memory_bytes is not None and self.memory_bytes <= 0:
+            raise InvalidArgument(
+                f"trace: memory_bytes={self.memory_bytes!r} must be positive. Pass bytes, for example 4 * 2**30."
+            )
+
+
+def trace_steps(
+    objective: Objective, settings: TraceSettings | None = None, *, seed: int | None = None
+) -> Iterator[Trace]:
+    """Measure a trace step by step: one partial result after each step of the method, so that a caller can show progress and stop.
+
+    Args:
+        objective: The function.
+        settings: What is wanted; None takes the defaults.
+        seed: Of every draw; None draws one and records it.
+
+    Yields:
+        Partial results, and last the complete one. The first ones may have no value yet.
+
+    Raises:
+        InvalidArgument: If a setting does not fit.
+        UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout.
+        UnknownObjective: If loss and data do not fit.
+        CurvkitError: If loss or products are not finite.
+    """
+    settings, began, seed = settings or TraceSettings(), time.perf_counter(), seeds.settle(seed)
+    graphs = None if settings.memory_bytes is None else settings.memory_bytes // 2
+    operator = Hessian(objective, residency=settings.residency, budget_bytes=graphs)
+    search = _fitted(settings, operator)
+    _refuse_asymmetry(operator, seed)
+    before = operator.products
+    lengths = [entry.numel for entry in operator.space.entries]
+    result: Trace | None = None
+    for found in linalg_trace.search(operator, search, lengths=lengths, seed=seed, start=operator.gradient):
+        by_layer, by_parameter = shares(operator.objective.model, operator.space, found.parts)
+        result = Trace(
+            estimate=found,
+            definition=definition(operator),
+            unit=unit(operator.objective),
+            loss=operator.loss,
+            gradient_norm=norm(operator.gradient),
+            layers=by_layer,
+            parameters=by_parameter,
+            stage="sampling",
+            plan=replace(operator.plan, basis_rows=search.max_rows),
+            seed=seed,
+            seconds=time.perf_counter() - began,
+            products=before + found.products,
+            unused=operator.unused,
+            notes=objective.notes,
+        )
+        yield result
+    if result is not None:
+        yield replace(result, stage="complete", seconds=time.perf_counter() - began)
+
+
+def trace(
+    objective: Objective,
+    *,
+    tolerance: float | None = None,
+    method: Method | None = None,
+    max_products: int | None = None,
+    seed: int | None = None,
+    settings: TraceSettings | None = None,
+) -> Trace:
+    """Measure the trace of the Hessian of an objective.
+
+        trace = sum_j d^2 L / d theta_j^2, the sum of the eigenvalues
+
+    Args:
+        objective: The function: model, loss, data.
+        tolerance: Half-width of the 95 % interval relative to the trace; None takes that of `settings`, 0.05 by default.
+        method: "exact", "hutchinson", "deflated", "hutch++", "xtrace", or "auto" by predicted cost; None takes that of `settings`, "auto"
+            by default.
+        max_products: Budget; None takes that of `settings`, 500 by default.
+        seed: Of every draw; None draws one and records it.
+        settings: Everything else: memory, engine, rank, time.
+
+    Returns:
+        The trace with its interval, the shares of layers and parameter tensors, and the definition of what was measured.
+
+    Raises:
+        InvalidArgument: If an argument is out of range.
+        UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout.
+        UnknownObjective: If loss and data do not fit.
+        CurvkitError: If loss or products are not finite.
+
+    Cost: 32 to a few hundred products of about two gradients each.
+    Accuracy: the interval holds the trace for this data with probability 0.95, about; see docs/concepts/trace.md.
+
+    Example:
+        >>> import torch, torch.nn.functional as F
+        >>> x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+        >>> result = trace(Objective(torch.nn.Linear(5, 1), F.mse_loss, [(x, x[:, :1])]), seed=0)
+        >>> truth = 2 * (1 + x.square().mean(0).sum())   # linear regression: H = 2 X'X / N, X with a column of ones
+        >>> result.estimate.exact, abs(result.value - truth.item()) < 1e-4
+        (True, True)
+    """
+    settings = settings or TraceSettings()
+    search = replace(
+        settings.search,
+        tolerance=settings.search.tolerance if tolerance is None else tolerance,
+        method=settings.search.method if method is None else method,
+        max_products=settings.search.max_products if max_products is None else max_products,
+    )
+    *_, last = trace_steps(objective, replace(settings, search=search), seed=seed)
+    return last
+
+
+def unit(objective: Objective) -> str | None:
+    """Say what one unit of a loss is, where that is known.
+
+    Args:
+        objective: Whose loss is looked at.
+
+    Returns:
+        Words; None for losses whose unit is that of the data, or unknown.
+    """
+    loss = objective.loss
+    if not isinstance(loss, KnownLoss):
+        return None
+    if loss.function is token_cross_entropy:
+        lengths = sorted({inputs_and_targets(batch)[2].shape[1] for batch in objective.batches})
+        span = f"{lengths[0]:,}" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,}"
+        total = "sum of nats over tokens" if loss.reduction == "sum" else "mean nats per token"
+        return f"{total}, sequences of {span} tokens"
+    if loss.name.startswith(("cross_entropy", "binary_cross_entropy", "nll_loss", "kl_div")):
+        return "sum of nats over terms" if loss.reduction == "sum" else "mean nats per term"
+    return None
+
+
+def _fitted(settings: TraceSettings, operator: Hessian) -> linalg_trace.Settings:
+    """The search within the memory, with several probes at once where graphs are streamed."""
+    search, own = settings.search, settings.memory_bytes
+    budget = own // 2 if own is not None else int(VECTORS_FRACTION * free_memory(operator.device))
+    rows = budget // (operator.n * operator.dtype.itemsize)
+    rows = rows if search.max_rows is None else min(rows, search.max_rows)
+    together = TOGETHER if operator.plan.residency == "streamed" and search.block_size == 1 else search.block_size
+    return replace(search, max_rows=rows, block_size=max(1, min(together, (rows - 2) // 2)))
+
+
+def _refuse_asymmetry(operator: Hessian, seed: int) -> None:
+    """A Hessian is symmetric; products that are not come from an operation whose second derivative is wrong."""
+    u, v = (seeds.normal(operator.n, seed, "symmetry", i, dtype=operator.dtype, device=operator.device) for i in (0, 1))
+    Hu, Hv = operator.matmat(torch.stack([u, v], dim=1)).unbind(1)
+    size = max(norm(Hu) * norm(v), norm(Hv) * norm(u))
+    asymmetry = abs(dot(u, Hv) - dot(v, Hu))
+    limit = ASYMMETRY * torch.finfo(operator.dtype).eps * size
+    if asymmetry > limit:
+        raise UnsupportedModel(
+            f"trace: the products are not those of a symmetric matrix (u'Hv and v'Hu differ by {asymmetry:.2g}, {limit:.1g} is allowed for "
+            "rounding). Either a second derivative in this model is wrong (weight_norm and custom functions with once_differentiable "
+            "are known), or products do not repeat. Write a weight norm as g * v / v.norm(), or leave these parameters out by patterns."
+        )

@@ -1,0 +1,257 @@
+"""Products of a curvature matrix that is a weighted mean over batches: what all such operators share."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Iterator
+from typing import ClassVar, Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+from curvkit.errors import InvalidArgument, UnknownObjective
+from curvkit.linalg.basis import dot
+from curvkit.objectives import Objective
+from curvkit.objectives.surroundings import exact_arithmetic
+from curvkit.operators.folding import FoldBatchNorm
+from curvkit.operators.graph import BatchGraph, refuse_not_finite
+from curvkit.operators.plan import Plan, Residency, choose, fitting
+from curvkit.operators.point import Point
+from curvkit.operators.repeatability import REPEATED, differ, refuse_doubtful_loss, refuse_random
+from curvkit.parameters import ParameterSpace
+
+MANY_BATCHES = 1000
+"""From here on sums over batches are accumulated in float64."""
+
+
+class BatchwiseOperator:
+    """A matrix of an objective that is the weighted mean of the matrices of its batches, by products.
+
+        A v = (1 / W) sum_b A_b v,    W = sum_b weight_b
+
+    A subclass says by `kind` what is kept of a batch and how a product is taken from it. The graphs are retained, or streamed: built
+    anew for each product, one batch at a time. The operator belongs to the parameters as they are at its construction; if they
+    change, products are refused.
+
+    Args:
+        objective: The function. A model with half-precision parameters is measured as a float32 copy.
+        residency: "retained", "streamed", or "auto" by the memory budget.
+        budget_bytes: Memory for graphs; None takes half of what is free.
+        plan: An earlier plan, to repeat its products bit for bit; then the two options before have no say.
+
+    Raises:
+        InvalidArgument: If an option is out of range, or the plan is for another dtype, device, number of threads or kind of product.
+        UnsupportedModel: If the objective is random, or the loss differs between two evaluations.
+        UnknownObjective: If the loss depends on no parameter.
+        CurvkitError: If the loss is not finite.
+    """
+
+    kind: ClassVar[type[BatchGraph]]
+    """What is kept of a batch, and how a product is taken from it."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        residency: Residency | Literal["auto"] = "auto",
+        budget_bytes: int | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        objective = objective.raised()
+        self.objective = objective
+        self.space: ParameterSpace = objective.parameters
+        self.n, self.dtype, self.device = self.space.n, objective.dtype, objective.device
+        refuse_not_finite(self.matrix, objective)
+        if plan is None:
+            plan = choose(objective, residency=residency, budget_bytes=budget_bytes, kind=self.kind)
+        self.plan: Plan = fitting(plan, objective, kind=self.kind)
+        self._parts, self._owners = objective.cut(self.plan.micro_batches)
+        self.products = 0
+        """Products computed so far, in passes over the data."""
+        self._point = Point(objective.model)
+        self._retained: list[BatchGraph] | None = None
+        totals, weights, counts, used = [], [], [], [False] * len(self.space.entries)
+        with self._measuring():
+            refuse_doubtful_loss(self.matrix, objective)
+            gradient = torch.zeros(self.n, dtype=self._sum_dtype, device=self.device)
+            graphs = []
+            for graph in self._build():
+                totals.append(graph.total)
+                weights.append(graph.weight)
+                counts.append(graph.count)
+                used = [seen or g is not None for seen, g in zip(used, graph.gradient, strict=True)]
+                self._add(gradient, [None if g is None else g.detach() for g in graph.gradient])
+                if self.plan.residency == "retained":
+                    graphs.append(graph)
+        if not any(used):
+            raise UnknownObjective(
+                f"{self.matrix}: the loss does not depend on any of the parameters. Check that the loss uses the model that it is given "
+                "(not one from an outer scope), and that nothing in it detaches or disables gradients."
+            )
+        if self.plan.residency == "retained":
+            self._retained = graphs
+        self._totals = totals
+        self.terms = None if None in counts else sum(counts)
+        """Number of loss terms in all, or None where the loss does not say."""
+        self._denominator = objective.denominator(weights)
+        self.loss = math.fsum(totals) / self._denominator
+        """L itself."""
+        self.gradient = gradient.div_(self._denominator).to(self.dtype)
+        """[n], the gradient of L, a by-product."""
+        self.unused = tuple(name for name, seen in zip(self.space.names, used, strict=True) if not seen)
+        """Parameters that the loss does not depend on; their rows and columns are zero."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Multiply one vector.
+
+        Args:
+            v: [n], on the operator's device and in its dtype.
+
+        Returns:
+            A v, [n].
+
+        Raises:
+            InvalidArgument: If `v` does not fit, or the parameters have changed.
+
+        Cost: that of a product, see the class.
+        """
+        if v.ndim != 1:
+            self._refuse(v)
+        return self.matmat(v[:, None]).squeeze(1)
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """Multiply several vectors; a streamed graph is built once for all of them.
+
+        Args:
+            V: [n, k].
+
+        Returns:
+            A V, [n, k].
+
+        Raises:
+            InvalidArgument: If `V` does not fit, or the parameters have changed.
+
+        Cost: k products at most.
+        """
+        self._check(V)
+        pieces, multiply = [list(self.space.split(v)) for v in V.unbind(1)], self.kind.product
+        if self._retained is not None and len(self._retained) < MANY_BATCHES:
+            # No forward pass, unless activation checkpointing repeats one: nothing else could be disturbed.
+            with exact_arithmetic(self.objective.model), FoldBatchNorm(self.objective.model):
+                rows = [self._mean(multiply(self._retained, v, keep=True)) for v in pieces]
+        else:
+            with self._measuring():
+                rows = [row.div_(self._denominator).to(self.dtype) for row in self._summed(pieces)]
+        self.products += V.shape[1]
+        if not rows:
+            return torch.zeros_like(V)
+        return rows[0][:, None] if len(rows) == 1 else torch.stack(rows, dim=1)
+
+    def batch_quotients(self, v: Tensor) -> tuple[list[float], list[float]]:
+        """Rayleigh quotients v'A_b v of a unit vector with the matrix of each batch alone.
+
+        Args:
+            v: [n], of unit length.
+
+        Returns:
+            v'A_b v for the mean loss of batch b (its total for a loss that is a sum), and the weights with which they average to v'Av.
+            Batches without a term are left out.
+
+        Raises:
+            InvalidArgument: If `v` does not fit, or the parameters have changed.
+
+        Cost: one product.
+        """
+        self._check(v[:, None])
+        pieces, is_sum = list(self.space.split(v)), self.objective.loss.reduction == "sum"
+        sums, weights = [0.0] * len(self.objective.batches), [0.0] * len(self.objective.batches)
+        with self._measuring():
+            for owner, graph in zip(self._owners, self._graphs(), strict=True):
+                row = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+                self._add(row, self.kind.product([graph], pieces, keep=self._retained is not None))
+                sums[owner] += dot(row, v)
+                weights[owner] += graph.weight
+        self.products += 1
+        if is_sum:
+            return sums, [1.0] * len(sums)
+        kept = [index for index, weight in enumerate(weights) if weight > 0.0]
+        return [sums[i] / weights[i] for i in kept], [weights[i] for i in kept]
+
+    def refuse_moved(self) -> None:
+        """Check that the parameters are still those of the construction.
+
+        Raises:
+            InvalidArgument: If one has changed.
+
+        Cost: next to nothing, see `Point`.
+        """
+        name = self._point.changed()
+        if name is not None:
+            raise InvalidArgument(
+                f"{self.matrix}: the {name} has changed since this operator was made, so that its products would mix two points. "
+                f"Make a new {self.matrix}(objective) for the new parameters."
+            )
+
+    @property
+    def matrix(self) -> str:
+        """The name of the matrix."""
+        return self.kind.matrix
+
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        return torch.float64 if len(self._parts.batches) >= MANY_BATCHES else self.dtype
+
+    def _build(self) -> Iterator[BatchGraph]:
+        for index, owner in enumerate(self._owners):
+            yield self.kind.build(self._parts, index, number=owner)
+
+    def _graphs(self) -> Iterator[BatchGraph]:
+        """The graphs of all batches, retained or built one after the other."""
+        if self._retained is not None:
+            yield from self._retained
+            return
+        for graph, total, owner in zip(self._build(), self._totals, self._owners, strict=True):
+            if differ(graph.total, total, REPEATED * torch.finfo(self.dtype).eps):
+                refuse_random(self.matrix, owner)
+            yield graph
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Generator[None]:
+        with self.objective.measuring(), FoldBatchNorm(self.objective.model):
+            yield
+
+    def _summed(self, pieces: list[list[Tensor]]) -> list[Tensor]:
+        """Products batch by batch: a streamed graph is used for all vectors and freed."""
+        rows = [torch.zeros(self.n, dtype=self._sum_dtype, device=self.device) for _ in pieces]
+        for graph in self._graphs():
+            for i, (row, v) in enumerate(zip(rows, pieces, strict=True)):
+                self._add(row, self.kind.product([graph], v, keep=self._retained is not None or i + 1 < len(pieces)))
+        return rows
+
+    def _add(self, row: Tensor, pieces: list[Tensor | None]) -> None:
+        """Add parameter-shaped pieces to a vector, without an intermediate one."""
+        for target, piece in zip(self.space.split(row), pieces, strict=True):
+            if piece is not None:
+                target += piece
+
+    def _mean(self, pieces: list[Tensor | None]) -> Tensor:
+        """Flatten and divide in one pass."""
+        row = torch.empty(self.n, dtype=self.dtype, device=self.device)
+        for target, piece in zip(self.space.split(row), pieces, strict=True):
+            if piece is None:
+                target.zero_()
+            else:
+                torch.div(piece, self._denominator, out=target)
+        return row
+
+    def _check(self, V: Tensor) -> None:
+        if V.ndim != 2 or V.shape[0] != self.n or V.device != self.device or V.dtype != self.dtype:
+            self._refuse(V)
+        self.refuse_moved()
+
+    def _refuse(self, V: Tensor) -> NoReturn:
+        raise InvalidArgument(
+            f"{self.matrix}: a vector of shape {tuple(V.shape)}, {V.dtype} on {V.device} was given; this operator takes [{self.n}], or "
+            f"[{self.n}, k] in matmat, {self.dtype} on {self.device}. Convert it with .to(operator.device, operator.dtype)."
+        )

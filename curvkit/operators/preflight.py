@@ -1,0 +1,289 @@
+"""Are the second derivatives right? Three probes on a few rows, before anything long is run."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvkit import seeds
+from curvkit.errors import CurvkitError, UnsupportedModel
+from curvkit.linalg.basis import dot, norm
+from curvkit.losses.batches import rows, take_rows
+from curvkit.objectives import Objective
+from curvkit.operators.graph import GradientGraph
+from curvkit.operators.support import Suspect, padding_rows, suspects
+
+Verdict = Literal["right", "wrong", "not checked"]
+TINY = torch.finfo(torch.float64).tiny
+
+ROWS = 2
+"""Examples that are looked at: few, so that few kinks lie near the point."""
+STEPS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
+"""Of the difference, times 1 + ||theta||, for a direction of unit length."""
+AGREES = 1e-5
+"""A difference quotient this close to H v shows that the product is right. Seen: right at most 6e-8, wrong at least 3e-2."""
+PLATEAU = 0.25
+"""Mismatches at three neighbouring steps that vary by at most this share of the largest are the same number: H v is something else."""
+ASYMMETRIC = 1e-6
+"""Largest |u'Hv - v'Hu| / ||H v|| of rounding, also where something inside is computed in float32. Seen: right at most 1e-8, wrong at
+least 3e-5."""
+FLOOR = 1e-3
+"""Parameters whose part of H v is smaller than this share of it are judged relative to that share."""
+REPEATED = 1e-9
+"""Largest difference of two products with the same vector, relative; on the CPU they have the same bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Preflight:
+    """What three probes say about the second derivatives of an objective at its point."""
+
+    verdict: Verdict
+    repeatability: float
+    """||H v - (H v again)|| / ||H v||."""
+    asymmetry: float
+    """|u'Hv - v'Hu| / max(||H u||, ||H v||) for random unit vectors u and v."""
+    mismatches: Mapping[float, float]
+    """Step -> || (g(theta + h v) - g(theta - h v)) / 2h - H v || / ||H v||, parameter by parameter, the largest; steps after the first that
+    agrees are not tried."""
+    dtype: str
+    """Precision of the probes: float64 where the model runs in it."""
+    suspects: tuple[Suspect, ...] = ()
+    """What is known to go wrong, by module; empty where the verdict is "right"."""
+    fixed: tuple[tuple[str, int], ...] = ()
+    """Rows of embeddings that have no gradient (padding_idx): the Hessian is that of a function in which they are constants."""
+
+    @property
+    def mismatch(self) -> float:
+        """The least mismatch; NaN if none was computed."""
+        return min(self.mismatches.values(), default=math.nan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The evidence as plain values.
+
+        Returns:
+            Verdict, numbers, precision, and the suspects' names.
+        """
+        return {
+            "verdict": self.verdict,
+            "repeatability": self.repeatability,
+            "asymmetry": self.asymmetry,
+            "mismatch": self.mismatch,
+            "dtype": self.dtype,
+            "suspects": [f"{suspect.where}: {suspect.construct.name}" for suspect in self.suspects],
+        }
+
+    def __str__(self) -> str:
+        """One sentence for people."""
+        if self.verdict == "right":
+            return (
+                f"second derivatives agree with differences of gradients to {max(self.mismatch, 0.0):.0e} on a few rows"
+            )
+        if self.verdict == "wrong":
+            return f"second derivatives are wrong: {self._evidence()}{self._named()}"
+        return (
+            f"second derivatives not checked: the difference of gradients is off by {self.mismatch:.0e} at the best step and by more at "
+            "smaller ones, as with kinks (ReLU, max-pool) near the point or a cast to lower precision inside the model"
+        )
+
+    def _evidence(self) -> str:
+        if not self.repeatability <= REPEATED:
+            return f"two products with the same vector differ by {self.repeatability:.0e}"
+        if not self.asymmetry <= ASYMMETRIC:
+            return f"they are not symmetric ({self.asymmetry:.0e})"
+        return f"differences of gradients are off by {self.mismatch:.0e} at every step"
+
+    def _named(self) -> str:
+        if not self.suspects:
+            return "; no known construct was found, so look for a custom autograd function that saves or returns detached tensors"
+        return "; " + "; ".join(f"{s.where}: {s.construct.name}, {s.construct.remedy}" for s in self.suspects[:3])
+
+
+def preflight(objective: Objective) -> Preflight:
+    """Compare Hessian products with themselves, with their transposes and with differences of gradients, on two rows.
+
+        repeat      ||H v - H v||
+        symmetry    |u'(H v) - v'(H u)|
+        difference  || (g(theta + h v) - g(theta - h v)) / 2h - H v ||,   h = 1e-3 ... 1e-9 times 1 + ||theta||, the best one counting
+
+    In float64 on a copy of the model, where it runs in it. A right product agrees at some step: at large ones the difference feels third
+    derivatives and kinks, at small ones rounding. A mismatch that is the same at three steps is that of a wrong derivative, whatever its
+    size. One that has neither is "not checked".
+
+    Args:
+        objective: The function; two rows of its first batch are taken, or the whole batch if the model does not run on two.
+
+    Returns:
+        The verdict with its evidence. Nothing is raised for wrong derivatives: see `refuse_wrong`.
+
+    Raises:
+        CurvkitError: If the loss cannot be evaluated at all.
+
+    Cost: three products and up to 14 gradients of two rows, and a copy of the parameters in float64.
+    Accuracy: silent errors of torch 2.13 (weight_norm, once_differentiable, detached saves) are off by 1e-2 to 1; right derivatives of
+        all modules of torch.nn by less than 1e-6, see docs/preflight.md.
+
+    Example:
+        >>> from torch.nn.functional import cross_entropy
+        >>> data = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))]
+        >>> preflight(Objective(torch.nn.Linear(3, 2), cross_entropy, data)).verdict
+        'right'
+    """
+    probe = _in_float64(_few_rows(objective.raised()))
+    n, dtype, device = probe.parameters.n, probe.dtype, probe.device
+    u, v = (seeds.normal(n, 0, "preflight", index, dtype=dtype, device=device) for index in range(2))
+    fixed = padding_rows(probe)
+    for w in (u, v):
+        _hold(probe, w, fixed)
+        w /= norm(w)
+    Hu, Hv, again = _products(probe, (u, v, v))
+    size = max(norm(Hu), norm(Hv))
+    mismatches = _mismatches(probe, v, Hv)
+    if size == 0.0:  # a loss that is linear in the parameters, unless the differences say otherwise
+        repeatability = asymmetry = 0.0
+    else:
+        repeatability, asymmetry = norm(Hv - again) / size, abs(dot(u, Hv) - dot(v, Hu)) / size
+    agrees = min(mismatches.values()) <= AGREES
+    wrong = not (repeatability <= REPEATED and asymmetry <= ASYMMETRIC) or (
+        not agrees and _plateau([*mismatches.values()])
+    )
+    verdict: Verdict = "wrong" if wrong else "right" if agrees else "not checked"
+    return Preflight(
+        verdict,
+        repeatability,
+        asymmetry,
+        mismatches,
+        str(dtype).removeprefix("torch."),
+        () if verdict == "right" else suspects(probe),
+        fixed,
+    )
+
+
+def refuse_wrong(found: Preflight) -> None:
+    """Refuse derivatives that are wrong.
+
+    Args:
+        found: Result of `preflight`.
+
+    Raises:
+        UnsupportedModel: If the verdict is "wrong", naming module and remedy.
+    """
+    if found.verdict == "wrong":
+        raise UnsupportedModel(
+            f"preflight: {found}. Nothing was measured. If you know better, leave the preflight out (preflight=False, --no-preflight)."
+        )
+
+
+def _few_rows(objective: Objective) -> Objective:
+    """The objective on two rows of its first batch, or on that batch if its loss has no curvature or no value there."""
+    whole = objective.with_batches(objective.batches[:1])
+    size = rows(whole.batches[0])
+    if size is None or size <= ROWS:
+        return whole
+    few = objective.with_batches([take_rows(whole.batches[0], torch.arange(ROWS, device=objective.device))])
+    try:
+        with few.measuring():
+            terms = few.terms(0)
+        return few if terms.weight > 0.0 and terms.total.requires_grad and bool(torch.isfinite(terms.total)) else whole
+    except Exception:
+        return whole  # the model's own message, if it is no matter of rows, comes when the whole batch is run
+
+
+def _hold(probe: Objective, v: Tensor, fixed: tuple[tuple[str, int], ...]) -> None:
+    """Set the direction of rows that count as fixed to zero: the loss would feel them, the gradient does not show them."""
+    pieces = dict(zip(probe.parameters.names, probe.parameters.split(v), strict=True))
+    for name, row in fixed:
+        pieces[name][row] = 0.0
+
+
+def _in_float64(objective: Objective) -> Objective:
+    """A copy in float64, or in the objective's own precision if it does not run in that."""
+    try:
+        double = objective.converted(dtype=torch.float64)
+        with double.measuring():
+            double.terms(0)
+    except (CurvkitError, RuntimeError, TypeError):
+        return objective.copied()
+    return double if double is not objective else objective.copied()
+
+
+def _products(probe: Objective, vectors: tuple[Tensor, ...]) -> list[Tensor]:
+    """H v for each vector, all from one graph."""
+    made = []
+    with probe.measuring(), _explained(probe):
+        graph = GradientGraph.build(probe, 0)
+        for v in vectors:
+            pieces = GradientGraph.product([graph], list(probe.parameters.split(v)), keep=True)
+            made.append(probe.parameters.join(_filled(pieces, probe)))
+    return made
+
+
+@contextlib.contextmanager
+def _explained(probe: Objective) -> Generator[None]:
+    """Name what cannot be differentiated twice, as far as it is known."""
+    try:
+        yield
+    except CurvkitError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModel(
+            f"preflight: the model or its loss cannot be differentiated twice ({reason}). Replace that operation, or measure by "
+            "differences of gradients (rule='difference', --rule difference) if the model is smooth."
+        ) from error
+
+
+def _filled(pieces: list[Tensor | None], probe: Objective) -> list[Tensor]:
+    return [torch.zeros_like(p) if piece is None else piece for piece, p in zip(pieces, probe.tensors, strict=True)]
+
+
+def _mismatches(probe: Objective, v: Tensor, Hv: Tensor) -> dict[float, float]:
+    """The difference quotient at each step against H v, until one agrees."""
+    theta = probe.parameters.join(tensor.detach().clone() for tensor in probe.tensors)
+    scale, found = 1.0 + norm(theta), dict[float, float]()
+    try:
+        for step in STEPS:
+            h = step * scale
+            quotient = (_gradient_at(probe, theta + h * v) - _gradient_at(probe, theta - h * v)) / (2 * h)
+            found[step] = _mismatch(probe, quotient, Hv)
+            if found[step] <= AGREES:
+                break
+    finally:
+        _move(probe, theta)
+    return found
+
+
+def _mismatch(probe: Objective, quotient: Tensor, Hv: Tensor) -> float:
+    """The largest difference over the parameters relative to H v, so that one wrong layer shows in a large model."""
+    # not relative to the quotient: where that is large because of kinks, the ratio would come out as 1 at every step
+    size = norm(Hv) or norm(quotient)
+    pairs = zip(probe.parameters.split(quotient), probe.parameters.split(Hv), strict=True)
+    shares = [norm((q - h).flatten()) / max(norm(h.flatten()), FLOOR * size, TINY) for q, h in pairs]
+    return max(shares, default=0.0)
+
+
+def _gradient_at(probe: Objective, theta: Tensor) -> Tensor:
+    """The gradient of the batch's total; `probe` is a copy whose parameters may be moved."""
+    _move(probe, theta)
+    with probe.measuring():
+        total = probe.terms(0).total
+        if not total.requires_grad:
+            return torch.zeros_like(theta)
+        return probe.parameters.join(torch.autograd.grad(total, probe.tensors, materialize_grads=True)).detach()
+
+
+def _move(probe: Objective, theta: Tensor) -> None:
+    with torch.no_grad():
+        for tensor, piece in zip(probe.tensors, probe.parameters.split(theta), strict=True):
+            tensor.copy_(piece)
+
+
+def _plateau(mismatches: list[float]) -> bool:
+    """Whether three neighbouring steps give the same mismatch, above what counts as agreement."""
+    triples = zip(mismatches, mismatches[1:], mismatches[2:], strict=False)
+    return any(min(three) > AGREES and max(three) - min(three) <= PLATEAU * max(three) for three in triples)

@@ -1,0 +1,272 @@
+"""What torch can differentiate twice, and what curvkit does where it cannot: one table, read by the engine, the docs and the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvkit.objectives import Objective
+
+Outcome = Literal["right", "handled", "refused", "raises", "wrong", "random"]
+"""right: torch is right by itself; handled: curvkit makes it right; refused: curvkit refuses it by name, whatever torch does; raises: torch
+raises, and curvkit passes that on with the remedy; wrong: torch gives a wrong number without an error; random: differs from run to run."""
+
+
+@dataclass(frozen=True)
+class Construct:
+    """Something that models are made of, and what becomes of its second derivatives."""
+
+    name: str
+    torch: Outcome
+    """Reverse over reverse by torch alone, with the user's flags as they are."""
+    curvkit: Outcome
+    """By `curvkit.operators.Hessian` with its preflight."""
+    difference: Outcome
+    """By differences of gradients, where the model is smooth."""
+    remedy: str
+    """What curvkit does, or what the user can do, as the end of a sentence."""
+    nodes: tuple[str, ...] = ()
+    """Names of autograd nodes that give it away; a prefix."""
+    modules: tuple[str, ...] = ()
+    """Names of module classes that give it away."""
+
+
+SUPPORT: Mapping[str, Construct] = {
+    row.name: row
+    for row in (
+        Construct("layers of torch.nn", "right", "right", "right", "nothing to do"),
+        Construct(
+            "ReLU and max-pool",
+            "right",
+            "right",
+            "refused",
+            "the kinks have measure zero; differences would step over them",
+        ),
+        Construct(
+            "tied, frozen and unused parameters", "right", "right", "right", "each counts once; unused ones are named"
+        ),
+        Construct("mse_loss", "right", "right", "right", "right in reverse mode; forward mode raises on its mean"),
+        Construct(
+            "attention with fused kernels",
+            "raises",
+            "handled",
+            "right",
+            "the MATH kernels are used while measuring",
+            nodes=("ScaledDotProduct",),
+        ),
+        Construct("MultiheadAttention", "raises", "handled", "right", "the MATH kernels are used while measuring"),
+        Construct(
+            "TransformerEncoderLayer, eval",
+            "raises",
+            "handled",
+            "right",
+            "the fused path of evaluation mode is off while measuring",
+        ),
+        Construct(
+            "LSTM, GRU, RNN",
+            "right",
+            "right",
+            "right",
+            "reverse over reverse is right on CPU; cuDNN is off while measuring",
+        ),
+        Construct(
+            "weight_norm",
+            "wrong",
+            "handled",
+            "right",
+            "g v / ||v|| is written out while measuring, because torch's own second derivative of it is wrong",
+            nodes=("WeightNormInterfaceBackward",),
+        ),
+        Construct(
+            "spectral_norm, train mode",
+            "random",
+            "refused",
+            "random",
+            "its power iteration moves with every pass: call model.eval()",
+        ),
+        Construct("spectral_norm, eval mode", "right", "right", "right", "nothing to do"),
+        Construct("dropout, train mode", "random", "refused", "random", "call model.eval()"),
+        Construct(
+            "BatchNorm, train mode",
+            "right",
+            "refused",
+            "right",
+            "it couples the examples of a batch: call model.eval()",
+        ),
+        Construct(
+            "once_differentiable function",
+            "wrong",
+            "refused",
+            "right",
+            "its backward pass has no derivative: write it with differentiable operations, or measure by differences (rule='difference')",
+        ),
+        Construct(
+            "function that saves detached tensors",
+            "wrong",
+            "refused",
+            "right",
+            "save the inputs themselves in forward (ctx.save_for_backward), or measure by differences (rule='difference')",
+        ),
+        Construct(
+            "differentiable custom function",
+            "right",
+            "right",
+            "right",
+            "its backward pass is differentiated like any code",
+        ),
+        Construct("checkpoint, non-reentrant", "right", "right", "right", "nothing to do"),
+        Construct(
+            "checkpoint, reentrant",
+            "raises",
+            "refused",
+            "raises",
+            "call checkpoint(..., use_reentrant=False)",
+            nodes=("CheckpointFunctionBackward",),
+        ),
+        Construct("torch.compile", "raises", "handled", "right", "compiled modules run eagerly while measuring"),
+        Construct("TorchScript", "right", "right", "right", "nothing to do"),
+        Construct(
+            "Embedding(sparse=True)",
+            "raises",
+            "handled",
+            "right",
+            "its gradient is dense while measuring",
+            modules=("Embedding",),
+        ),
+        Construct(
+            "ctc_loss",
+            "raises",
+            "raises",
+            "right",
+            "torch has no second derivative of it: measure by differences (rule='difference')",
+        ),
+        Construct(
+            "multi_margin_loss",
+            "raises",
+            "raises",
+            "refused",
+            "torch has no second derivative of it; write it with differentiable operations",
+        ),
+        Construct(
+            "quantised weights",
+            "raises",
+            "refused",
+            "refused",
+            "they have no derivatives: measure the model before quantising",
+        ),
+        Construct(
+            "flex_attention", "raises", "raises", "raises", "no second derivative: use scaled_dot_product_attention"
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A construct that is known to go wrong, and where it is."""
+
+    construct: Construct
+    where: str
+    """The module, "module 'encoder.0' (Linear)", or "the loss"; for a custom function its class."""
+
+
+def suspects(objective: Objective) -> tuple[Suspect, ...]:
+    """Look through the graph of one batch for constructs whose derivatives are not simply right.
+
+    Args:
+        objective: Evaluated on its first batch.
+
+    Returns:
+        Known constructs and custom autograd functions, each with the innermost module that made it.
+    """
+    by_prefix = {prefix: row for row in SUPPORT.values() for prefix in row.nodes}
+    found: dict[tuple[str, str], Suspect] = {}
+    for where, node in _nodes(objective):
+        kind, known = (
+            type(node),
+            next((row for prefix, row in by_prefix.items() if node.name().startswith(prefix)), None),
+        )
+        if known is None and issubclass(kind, torch.autograd.function.BackwardCFunction):
+            name, where = (
+                kind.__name__.removesuffix("Backward"),
+                f"{where}, the function {kind.__name__.removesuffix('Backward')}",
+            )
+            known = _custom(kind, name)
+        if known is not None:
+            found.setdefault((known.name, where), Suspect(known, where))
+    return tuple(found.values())
+
+
+def padding_rows(objective: Objective) -> tuple[tuple[str, int], ...]:
+    """Find the rows of embeddings whose gradient torch sets to zero (padding_idx), so that they count as fixed.
+
+    Args:
+        objective: Evaluated on its first batch.
+
+    Returns:
+        Names of parameters of the space, each with the index of its row.
+    """
+    names = {id(tensor): name for name, tensor in zip(objective.parameters.names, objective.tensors, strict=True)}
+    found: dict[tuple[str, int], None] = {}
+    for _, node in _nodes(objective):
+        row = getattr(node, "_saved_padding_idx", None)
+        if row is None or not node.next_functions:
+            continue
+        weight: Any = getattr(node.next_functions[0][0], "variable", None)
+        if id(weight) in names and 0 <= row < weight.shape[0]:
+            found[(names[id(weight)], row)] = None
+    return tuple(found)
+
+
+def _custom(kind: Any, name: str) -> Construct:
+    """Which row a custom function belongs to, as far as can be told from its backward pass."""
+    backward = getattr(getattr(kind, "_forward_cls", None), "backward", None)
+    once = hasattr(backward, "__wrapped__") or "once_differentiable" in getattr(backward, "__qualname__", "")
+    return SUPPORT["once_differentiable function" if once else "function that saves detached tensors"]
+
+
+def _nodes(objective: Objective) -> Iterator[tuple[str, Any]]:
+    """Each autograd node of the loss once, with the innermost module whose forward pass made it."""
+    seen: dict[Any, str] = {}
+    names = {module: name for name, module in objective.model.named_modules()}
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        name = names[module]
+        where = f"module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+        for tensor in _tensors(output):
+            _walk(tensor.grad_fn, where, seen)
+
+    handles = [module.register_forward_hook(note) for module in names]
+    try:
+        with objective.measuring():
+            total = objective.terms(0).total
+            _walk(total.grad_fn, "the loss", seen)
+    finally:
+        for handle in handles:
+            handle.remove()
+    yield from ((where, node) for node, where in seen.items())
+
+
+def _walk(node: Any, where: str, seen: dict[Any, str]) -> None:
+    """Go back from a node to those that are already known: what lies between belongs to `where`."""
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        if here is not None and here not in seen:
+            seen[here] = where
+            stack += [before for before, _ in here.next_functions]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
