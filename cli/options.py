@@ -91,6 +91,7 @@ class Budget:
     max_time: float | None
     memory: int | None
     residency: str
+    rule: str
     rounding: str
     preflight: bool
     seed: int | None
@@ -108,6 +109,7 @@ class Sampling:
     max_time: float | None
     memory: int | None
     residency: str
+    preflight: bool
     seed: int | None
 
 
@@ -126,6 +128,12 @@ class Output:
 BATCHES = click.option("--batches", type=click.IntRange(min=1), metavar="N", help="Use only the first N batches.")
 MAX_TIME = click.option("--max-time", type=Seconds(), metavar="TIME", help="Stop a search after this time, e.g. 60s.")
 MEMORY = click.option("--memory", type=Bytes(), metavar="SIZE", help="For graphs and basis together, e.g. 4GiB.")
+PREFLIGHT = click.option(
+    "--preflight/--no-preflight",
+    default=True,
+    show_default=True,
+    help="Check second derivatives on a few rows before anything long.",
+)
 RESIDENCY = click.option(
     "--residency",
     type=click.Choice(["auto", "retained", "streamed"]),
@@ -198,18 +206,20 @@ def budget(command: Command) -> Command:
         MEMORY,
         RESIDENCY,
         click.option(
+            "--rule",
+            type=click.Choice(["reverse", "difference"]),
+            default="reverse",
+            show_default=True,
+            help="Second derivatives, or differences of gradients in float64 for smooth models that have none.",
+        ),
+        click.option(
             "--rounding",
             type=click.Choice(["auto", "float64", "perturbation"]),
             default="auto",
             show_default=True,
             help="How rounding is seen: residuals in float64, or products repeated on perturbed weights; auto takes the cheaper.",
         ),
-        click.option(
-            "--preflight/--no-preflight",
-            default=True,
-            show_default=True,
-            help="Check second derivatives on a few rows before anything long.",
-        ),
+        PREFLIGHT,
         click.option("--seed", type=click.IntRange(min=0), help="Of the random start; drawn and recorded if absent."),
     )(command)
 
@@ -248,6 +258,7 @@ def sampling(command: Command) -> Command:
         MAX_TIME,
         MEMORY,
         RESIDENCY,
+        PREFLIGHT,
         click.option("--seed", type=click.IntRange(min=0), help="Of every draw; drawn and recorded if absent."),
     )(command)
 

@@ -16,6 +16,7 @@ from .progress import counted, duration, styled
 
 if TYPE_CHECKING:
     from curvkit.measures import Sharpness
+    from curvkit.operators.preflight import Preflight
 
 WHICH = {
     "largest": "largest (algebraic) eigenvalue{s}",
@@ -122,7 +123,7 @@ def remarks(result: Sharpness) -> list[tuple[str, str]]:
         ("what", f"the {f'{count} ' if count > 1 else ''}{what} of the Hessian at this checkpoint"),
         ("definition", str(result.definition)),
         ("at", f"loss {result.loss:.6g} · gradient norm {result.gradient_norm:.3g}"),
-        *_derivatives(result),
+        *derivatives(result.preflight),
         *_residuals(result),
         ("missed", _missed(result)),
         *_data(result),
@@ -154,10 +155,11 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _derivatives(result: Sharpness) -> list[tuple[str, str]]:
-    if result.preflight is None:
+def derivatives(found: Preflight | None) -> list[tuple[str, str]]:
+    """What the check of second derivatives says, unless a note says it."""
+    if found is None:
         return [("derivatives", "not checked: --no-preflight")]
-    return [("derivatives", str(result.preflight))] if result.preflight.verdict == "right" else []
+    return [("derivatives", str(found))] if found.verdict == "right" else []
 
 
 def _residuals(result: Sharpness) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .progress import counted, duration, styled
-from .render import digits, listed, print_remarks, tab_separated
+from .render import derivatives, digits, listed, print_remarks, tab_separated
 
 if TYPE_CHECKING:
     from curvkit.measures import Trace, TraceShare
@@ -64,6 +64,7 @@ def remarks(result: Trace) -> list[tuple[str, str]]:
         ("definition", str(result.definition)),
         *([("unit", f"{result.unit}; the trace is in that per parameter squared")] if result.unit else []),
         ("at", f"loss {result.loss:.6g} · gradient norm {result.gradient_norm:.3g}"),
+        *derivatives(result.preflight),
         ("method", _method(result)),
         ("cost", f"{counted(result.products, 'product')} · {duration(result.seconds)}"),
         ("engine", f"{result.plan} · seed {result.seed}"),

@@ -280,7 +280,7 @@ def test_no_objective_teaches(sharpness: Typed):
         "  found    state dict · 4 tensors, 51 numbers, float32",
         "  missing  an objective: a function returning curvkit.Objective(model, loss, data)",
         "  do one   curvkit sharpness ckpt.pt --objective train.py:objective",
-        "           curvkit.save(path, model=model, recipe=...)    for curvkit's own models (mlp, resnet, decoder): needs no flag then",
+        "           curvkit.save(path, model=model, recipe=...)    for curvkit's own models (mlp, resnet, decoder): no flag then",
     ]
 
 
@@ -705,7 +705,19 @@ def test_ctrl_c_while_the_objective_is_made(sharpness: Typed):
 # ---- formats --------------------------------------------------------------------------------------------------------
 
 
-REMARKS = ["what", "definition", "at", "residuals", "missed", "data", "two halves", "cost", "engine", "note"]
+REMARKS = [
+    "what",
+    "definition",
+    "at",
+    "derivatives",
+    "residuals",
+    "missed",
+    "data",
+    "two halves",
+    "cost",
+    "engine",
+    "note",
+]
 
 
 def test_plain_lines_are_the_default_off_a_terminal(sharpness: Typed):

@@ -319,7 +319,7 @@ def test_the_error_that_teaches(tmp_path: Path):
         "epoch",
         "  missing  an objective: a function returning curvkit.Objective(model, loss, data)",
         f"  do one   curvkit sharpness {path} --objective train.py:objective",
-        "           curvkit.save(path, model=model, recipe=...)    for curvkit's own models (mlp, resnet, decoder): needs no flag then",
+        "           curvkit.save(path, model=model, recipe=...)    for curvkit's own models (mlp, resnet, decoder): no flag then",
     ]
 
 

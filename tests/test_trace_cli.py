@@ -89,7 +89,7 @@ def test_help_does_not_import_torch():
         [sys.executable, "-c", script], env=environment(), capture_output=True, timeout=60, check=False
     )
     assert done.returncode == 0
-    assert b"Trace of the Hessian of a CHECKPOINT, with its interval, by layer." in done.stdout
+    assert b"Hessian trace of a CHECKPOINT, with its interval, by layer." in done.stdout
 
 
 def test_plain_lines_of_an_exact_trace(trace: Typed):
@@ -188,7 +188,10 @@ def test_xtrace_says_that_it_has_no_shares(trace: Typed, wide: tuple[str, ...]):
         (("--by", "row"), "'row' is not one of 'layer', 'param'"),
         (("--tolerance", "2"), "--tolerance 2.0 must lie in (0, 1)"),
         (("--absolute-tolerance", "-1"), "--absolute-tolerance -1.0 must be positive"),
-        (("--method", "exact", "--max-products", "9"), "--method 'exact' takes 51 products"),
+        (
+            ("--method", "exact", "--max-products", "9"),
+            "--method exact takes 51 products, --max-products 9 allows fewer",
+        ),
         (("--method", "deflated", "--rank", "51"), "does not fit"),
         (("--rank", "0"), "--rank"),
     ],

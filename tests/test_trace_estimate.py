@@ -137,7 +137,8 @@ def test_definition_loss_gradient_and_cost():
     assert found.loss == pytest.approx(H.loss, rel=1e-14)
     assert found.gradient_norm == pytest.approx(H.gradient.norm().item(), rel=1e-12)
     assert (found.definition.matrix, found.definition.parameters, found.definition.terms) == ("hessian", 163, 24)
-    assert found.products == found.estimate.products + 2
+    assert found.products == found.estimate.products == 40
+    assert found.preflight is not None
     assert found.unit == "mean nats per term"
 
 
@@ -231,8 +232,10 @@ def test_wrong_second_derivatives_are_refused():
     """A term is missing on one side of the diagonal only."""
     with seeded(0):
         model = WrongNet()
-    with pytest.raises(UnsupportedModel, match="trace: the products are not those of a symmetric matrix"):
+    with pytest.raises(UnsupportedModel, match="second derivatives are wrong: they are not symmetric"):
         trace(Objective(model, F.cross_entropy, [examples()]), seed=0)
+    unchecked = TraceSettings(preflight=False)
+    assert trace(Objective(model, F.cross_entropy, [examples()]), seed=0, settings=unchecked).preflight is None
 
 
 def test_float32_agrees_with_float64():

@@ -103,12 +103,14 @@ def _settings(num: int, which: Any, block_size: int, data: Data, budget: Budget)
         max_seconds=budget.max_time,
     )
     residency: Any = budget.residency
+    rule: Any = budget.rule
     rounding: Any = budget.rounding
     return SharpnessSettings(
         search,
         residency=residency,
         memory_bytes=budget.memory,
         data_doubt=data.data_doubt,
+        rule=rule,
         rounding=rounding,
         preflight=budget.preflight,
     )

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @options.output
 @click.pass_context
 def trace(ctx: click.Context, target: Target, by: str, batches: int | None, sampling: Sampling, output: Output) -> int:
-    """Trace of the Hessian of a CHECKPOINT, with its interval, by layer.
+    """Hessian trace of a CHECKPOINT, with its interval, by layer.
 
     The checkpoint is a file of torch.save. If curvkit.save wrote it with a recipe, nothing else is needed; else say with --objective
     which function returns curvkit.Objective(model, loss, data). Only weights are read from the file; nothing in it is run.
@@ -86,7 +86,7 @@ def _settings(sampling: Sampling) -> TraceSettings:
         max_products=sampling.max_products,
         max_seconds=sampling.max_time,
     )
-    return TraceSettings(search, residency=residency, memory_bytes=sampling.memory)
+    return TraceSettings(search, residency=residency, memory_bytes=sampling.memory, preflight=sampling.preflight)
 
 
 def _told(result: Trace, most: int) -> tuple[float, str]:

@@ -70,13 +70,13 @@ def partial(A: LinearMap, state: LanczosState, settings: Settings, spent: int) -
         tolerance=settings.tolerance,
         scale=state.scale,
         asymmetry=state.asymmetry,
-        rounding=_assumed(A) * state.scale,
+        rounding=assumed_error(A) * state.scale,
         products=state.products + spent,
         multiplicities_below=A.n + 1 if state.spanned else settings.block_size,
         residual_dtype=str(A.dtype).removeprefix("torch."),
         asked=settings.num,
     )
-    return bounded(pairs, A, state, _assumed(A))
+    return bounded(pairs, A, state, assumed_error(A))
 
 
 def certified(
@@ -113,20 +113,21 @@ def certified(
     if other.reference is not None:
         outermost = int(values.abs().argmax())
         error = norm(A.matvec(rows[outermost]).to(exact.dtype) - products[outermost]) / max(state.scale, TINY)
-        partial = bounded(replace(partial, products=partial.products + 1), A, state, max(error, _assumed(A)))
-        partial = replace(partial, rounding=_assumed(exact) * state.scale, rounding_measured=True)
+        partial = bounded(replace(partial, products=partial.products + 1), A, state, max(error, assumed_error(A)))
+        partial = replace(partial, rounding=assumed_error(exact) * state.scale, rounding_measured=True)
     elif other.perturbed:
         moved = [norm(row) for P in other.perturbed for row in P.matmat(V).T - products]
-        error = max(_assumed(A), PERTURBATION * max(moved) / max(state.scale, TINY))
+        error = max(assumed_error(A), PERTURBATION * max(moved) / max(state.scale, TINY))
         spent = partial.products + len(rows) * len(other.perturbed)
         partial = bounded(replace(partial, products=spent), A, state, error)
         partial = replace(partial, rounding=error * state.scale, rounding_measured=True)
     order = values.argsort(descending=True)
+    enough = allowed(values[order], state.scale, partial.tolerance)
     return replace(
         partial,
         values=values[order],
         residuals=residuals[order],
-        converged=residuals[order] <= allowed(values[order], state.scale, partial.tolerance),
+        converged=(residuals[order] <= enough) & (partial.rounding <= enough),
         vectors=rows[order].T,
         recomputed=True,
         residual_dtype=str(exact.dtype).removeprefix("torch."),
@@ -162,5 +163,13 @@ def bounded(pairs: Eigenpairs, A: LinearMap, state: LanczosState, product_error:
     return replace(pairs, upper_bound=upper, lower_bound=lower, confidence=confidence, product_error=product_error)
 
 
-def _assumed(A: LinearMap) -> float:
-    return ROUNDING * torch.finfo(A.dtype).eps
+def assumed_error(A: LinearMap) -> float:
+    """The error of a product relative to ||A||, where nothing else is known.
+
+    Args:
+        A: The matrix; its attribute `product_error` is read if it has one, as for products by differences.
+
+    Returns:
+        The larger of that and 8 eps.
+    """
+    return max(ROUNDING * torch.finfo(A.dtype).eps, getattr(A, "product_error", 0.0))

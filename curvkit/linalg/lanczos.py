@@ -18,7 +18,15 @@ from curvkit import seeds
 from curvkit.errors import CurvkitError, InvalidArgument
 from curvkit.linalg import missed
 from curvkit.linalg.basis import Basis
-from curvkit.linalg.certificate import AS_COMPUTED, CONFIDENCE, ROUNDING, OtherArithmetic, certified, partial
+from curvkit.linalg.certificate import (
+    AS_COMPUTED,
+    CONFIDENCE,
+    ROUNDING,
+    OtherArithmetic,
+    assumed_error,
+    certified,
+    partial,
+)
 from curvkit.linalg.krylov import (
     Capacity,
     RandomVectors,
@@ -116,7 +124,7 @@ def steps(
                 0.0 if spanned else inner[0, 0].item() ** 0.5,
                 random_share=random_share,
                 n=A.n,
-                product_error=ROUNDING * eps,
+                product_error=assumed_error(A),
             )
         residuals = (
             torch.zeros(len(chosen), dtype=torch.float64) if spanned else residual_estimates(inner, S[:, chosen])
@@ -170,7 +178,7 @@ def search(
         CurvkitError: If a product has NaN or infinite entries.
     """
     settings = settings or Settings()
-    least = ROUNDING * torch.finfo(A.dtype).eps
+    least = assumed_error(A)
     if settings.tolerance < least:
         raise InvalidArgument(
             f"lanczos: tolerance={settings.tolerance!r} is below {least:.2g}, the rounding of products in {A.dtype}. "
@@ -188,6 +196,7 @@ def search(
             _check_finite(pairs.residuals, pairs.products)
             spent, aim = pairs.products - state.products, aim / 4
             hopeless = aim < settings.tolerance / 64 or pairs.products + still > settings.max_products
+            hopeless = hopeless or pairs.rounding > settings.tolerance * pairs.scale  # more steps do not make it less
             if last or pairs.all_converged or hopeless:
                 yield pairs
                 return

@@ -1,8 +1,9 @@
 """What a loss is: its terms and weights on a batch."""
 
 from curvkit.losses.batches import Batch
+from curvkit.losses.closed_forms import hessian_in_outputs
 from curvkit.losses.kinds import BatchLoss, KnownLoss, Loss, OtherLoss, as_loss
-from curvkit.losses.output_hessian import OutputHessian, hessian_in_outputs
+from curvkit.losses.output_hessian import OutputHessian
 from curvkit.losses.terms import LossTerms
 from curvkit.losses.tokens import token_cross_entropy
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from curvkit.linalg import lanczos
 from curvkit.linalg.basis import dot
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian
+from curvkit.operators.batchwise import BatchwiseOperator
 from curvkit.operators.plan import rows_are_independent
 
 MAX_PARTS = 8
@@ -81,7 +82,7 @@ def parts_of(objective: Objective, num: int) -> tuple[Objective, ...]:
     return objective.in_parts(num)
 
 
-def spread(operator: Hessian, v: Tensor) -> Spread | None:
+def spread(operator: BatchwiseOperator, v: Tensor) -> Spread | None:
     """Compute v'H_b v over the batches, or over parts of a single batch.
 
     Args:
@@ -97,7 +98,7 @@ def spread(operator: Hessian, v: Tensor) -> Spread | None:
     if len(parts) == 1:
         return None
     if len(objective.batches) == 1:
-        operator = Hessian(objective.with_batches([part.batches[0] for part in parts]), residency="streamed")
+        operator = type(operator)(objective.with_batches([part.batches[0] for part in parts]), residency="streamed")
     quotients, weights = operator.batch_quotients(v)
     if objective.loss.reduction == "sum":
         sizes = [_size(operator.objective.with_batches([batch])) for batch in operator.objective.batches]
@@ -111,7 +112,12 @@ def spread(operator: Hessian, v: Tensor) -> Spread | None:
 
 
 def halves(
-    objective: Objective, in_sample: float, *, seed: int, limits: lanczos.Settings, budget_bytes: int | None
+    objective: Objective,
+    in_sample: float,
+    *,
+    seed: int,
+    limits: lanczos.Settings,
+    make: Callable[..., BatchwiseOperator] = Hessian,
 ) -> Iterator[Halves | None]:
     """Find the top eigenvector of each half and its quotient on the other.
 
@@ -122,7 +128,7 @@ def halves(
         in_sample: Its largest eigenvalue.
         seed: Of the start vectors.
         limits: Its `max_seconds` and `max_rows` hold for the search on one half.
-        budget_bytes: Memory for the graphs of one half.
+        make: Makes the operator of one half.
 
     Yields:
         None after each product, and last the bracket; nothing at all if the data cannot be divided.
@@ -136,7 +142,7 @@ def halves(
     settings = replace(HALF_SEARCH, max_seconds=limits.max_seconds, max_rows=limits.max_rows)
     for index, part in enumerate(parts):
         try:
-            operator = Hessian(part, residency="auto", budget_bytes=budget_bytes)
+            operator = make(part, residency="auto")
         except UnknownObjective:  # a half without a loss term: all its targets are ignored
             return
         top = None
@@ -150,9 +156,9 @@ def halves(
         tops.append(top[:, 0])
     held_out = []
     for u, other in ((tops[0], parts[1]), (tops[1], parts[0])):
-        operator = Hessian(other, residency="streamed")
+        operator = make(other, residency="streamed")
         scale = _size(objective) / _size(other) if objective.loss.reduction == "sum" else 1.0
-        held_out.append(scale * dot(u, operator.matvec(u)))
+        held_out.append(scale * dot(u, operator.matvec(u.to(operator.dtype))))
         yield None
     yield Halves((held_out[0], held_out[1]), in_sample)
 

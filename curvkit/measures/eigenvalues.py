@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -17,14 +18,16 @@ from curvkit.linalg import lanczos
 from curvkit.linalg.basis import norm
 from curvkit.linalg.krylov import Which
 from curvkit.measures.data_doubt import halves, spread
-from curvkit.measures.definitions import definition
+from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.sharpness_result import Sharpness
 from curvkit.objectives import Objective
-from curvkit.operators import DoubleHessian, Hessian, PerturbedHessian
+from curvkit.operators import DifferenceHessian, DoubleHessian, Hessian, PerturbedHessian
 from curvkit.operators.plan import Residency, free_memory
 from curvkit.operators.preflight import preflight, refuse_wrong
 from curvkit.results import Eigenpairs
 
+Rule = Literal["reverse", "difference"]
+OPERATORS: dict[str, type[Hessian | DifferenceHessian]] = {"reverse": Hessian, "difference": DifferenceHessian}
 Rounding = Literal["auto", "float64", "perturbation"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ASYMMETRY = 100.0
@@ -44,6 +47,8 @@ class SharpnessSettings:
     """For graphs and basis, half each; None: half and a quarter of the memory that is free."""
     data_doubt: bool = True
     """Also measure how far the result depends on the sample."""
+    rule: Rule = "reverse"
+    """"reverse" over reverse, or "difference" of gradients in float64, for smooth models that have no (right) second derivative."""
     preflight: bool = True
     """Check second derivatives against differences of gradients on a few rows, before the search."""
     rounding: Rounding = "auto"
@@ -52,6 +57,10 @@ class SharpnessSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        if self.rule not in get_args(Rule):
+            raise InvalidArgument(
+                f"sharpness: rule={self.rule!r} is not one of reverse, difference. Use 'reverse' if in doubt."
+            )
         if self.rounding not in get_args(Rounding):
             raise InvalidArgument(
                 f"sharpness: rounding={self.rounding!r} is not one of auto, float64, perturbation. Use 'auto' if in doubt."
@@ -82,17 +91,14 @@ def sharpness_steps(
         CurvkitError: If loss or products are not finite.
     """
     settings, began, seed = settings or SharpnessSettings(), time.perf_counter(), seeds.settle(seed)
-    operator = Hessian(objective, residency=settings.residency, budget_bytes=_graph_budget(settings))
+    make = OPERATORS[settings.rule]
+    operator = make(objective, residency=settings.residency, budget_bytes=_graph_budget(settings))
     search = replace(settings.search, max_rows=_rows(operator, settings))
     start = operator.gradient if search.which != "smallest" else None
-    found = preflight(objective) if settings.preflight else None
+    found = preflight(objective) if settings.preflight and settings.rule == "reverse" else None
     if found is not None:
         refuse_wrong(found)
-    other, doubts = _other_arithmetic(operator, settings)
-    if found is not None and found.verdict == "not checked":
-        doubts = (*doubts, str(found))
-    if found is not None and found.fixed:
-        doubts = (*doubts, "padding rows count as fixed: " + ", ".join(f"{name}[{row}]" for name, row in found.fixed))
+    other, doubted = _other_arithmetic(operator, settings)
     result: Sharpness | None = None
     for pairs in lanczos.search(operator, search, start=start, seed=seed, other=other):
         _refuse_asymmetry(pairs, operator)
@@ -110,7 +116,7 @@ def sharpness_steps(
             products=pairs.products,
             unused=operator.unused,
             preflight=found,
-            notes=(*objective.notes, *doubts),
+            notes=(*objective.notes, *doubted, *doubts(found)),
         )
         yield result
     del other
@@ -195,15 +201,19 @@ def _with_halves(result: Sharpness, objective: Objective, settings: SharpnessSet
     if which == "smallest" or (which == "magnitude" and largest <= 0.0):
         return  # lambda_max is not among the values, and the bracket is one of lambda_max
     brackets = halves(
-        objective, largest, seed=result.seed, limits=settings.search, budget_bytes=_graph_budget(settings)
+        objective,
+        largest,
+        seed=result.seed,
+        limits=settings.search,
+        make=partial(OPERATORS[settings.rule], budget_bytes=_graph_budget(settings)),
     )
     for count, bracket in enumerate(brackets, start=1):
         yield replace(result, halves=bracket, stage="halves", products=before + (count + 1) // 2)
 
 
-def _refuse_asymmetry(pairs: Eigenpairs, operator: Hessian) -> None:
+def _refuse_asymmetry(pairs: Eigenpairs, operator: Hessian | DifferenceHessian) -> None:
     """A Hessian is symmetric; products that are not come from an operation whose second derivative is wrong."""
-    limit = ASYMMETRY * torch.finfo(operator.dtype).eps * pairs.scale
+    limit = ASYMMETRY * max(torch.finfo(operator.dtype).eps, pairs.product_error / 8) * pairs.scale
     if pairs.asymmetry > limit:
         raise UnsupportedModel(
             f"sharpness: the products are not those of a symmetric matrix (u'Hv and v'Hu differ by {pairs.asymmetry:.2g}, "
@@ -218,10 +228,10 @@ def _graph_budget(settings: SharpnessSettings) -> int | None:
 
 
 def _other_arithmetic(
-    operator: Hessian, settings: SharpnessSettings
+    operator: Hessian | DifferenceHessian, settings: SharpnessSettings
 ) -> tuple[lanczos.OtherArithmetic, tuple[str, ...]]:
     """How the rounding of products is seen, and a note where that is not as asked."""
-    if operator.dtype == torch.float64:
+    if operator.dtype == torch.float64 or isinstance(operator, DifferenceHessian):
         return lanczos.OtherArithmetic(), ()
     perturbed = lanczos.OtherArithmetic(perturbed=(PerturbedHessian(operator, 0), PerturbedHessian(operator, 1)))
     if settings.rounding == "perturbation" or (settings.rounding == "auto" and _convolves(operator.objective)):
@@ -249,7 +259,7 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _rows(operator: Hessian, settings: SharpnessSettings) -> int:
+def _rows(operator: Hessian | DifferenceHessian, settings: SharpnessSettings) -> int:
     budget = (
         settings.memory_bytes // 2
         if settings.memory_bytes is not None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from curvkit.operators import Plan
+from curvkit.operators.preflight import Preflight
 from curvkit.parameters import Entry, ParameterSpace
 from curvkit.results import Definition, TraceEstimate, plain
 from curvkit.results.trace_estimate import TraceParts
@@ -58,8 +59,9 @@ class Trace:
     seed: int
     seconds: float
     products: int
-    """Products with the Hessian, those of the test of symmetry included."""
     unused: tuple[str, ...] = ()
+    preflight: Preflight | None = None
+    """Whether second derivatives are right; None if that was not asked."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -106,6 +108,7 @@ class Trace:
                 "gradient_norm": self.gradient_norm,
                 "products": self.products,
                 "seconds": self.seconds,
+                "preflight": None if self.preflight is None else self.preflight.to_dict(),
                 "stage": self.stage,
                 "unused_parameters": self.unused,
                 "notes": self.notes,

@@ -7,24 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
-
 from curvkit import seeds
-from curvkit.errors import InvalidArgument, UnsupportedModel
+from curvkit.errors import InvalidArgument
 from curvkit.linalg import trace as linalg_trace
-from curvkit.linalg.basis import dot, norm
+from curvkit.linalg.basis import norm
 from curvkit.linalg.trace import Method
 from curvkit.losses import KnownLoss, token_cross_entropy
 from curvkit.losses.batches import inputs_and_targets
-from curvkit.measures.definitions import definition
+from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.trace_result import Trace, shares
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian
 from curvkit.operators.plan import Residency, free_memory
+from curvkit.operators.preflight import preflight, refuse_wrong
 
-ASYMMETRY = 100.0
-"""Asymmetry above this times eps, relative to the products, is refused. Seen in float32: at most 0.1 for right second derivatives,
-250 and more for wrong ones."""
 VECTORS_FRACTION = 0.25
 """Share of the free memory that vectors of the search may take by default."""
 TOGETHER = 4
@@ -39,6 +35,8 @@ class TraceSettings:
     residency: Residency | Literal["auto"] = "auto"
     memory_bytes: int | None = None
     """For graphs and vectors, half each; None: half and a quarter of the memory that is free."""
+    preflight: bool = True
+    """First check second derivatives on a few rows, and refuse those that are wrong."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -63,7 +61,8 @@ def trace_steps(
 
     Raises:
         InvalidArgument: If a setting does not fit.
-        UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout.
+        UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout, or its second
+            derivatives are wrong.
         UnknownObjective: If loss and data do not fit.
         CurvkitError: If loss or products are not finite.
     """
@@ -71,8 +70,9 @@ def trace_steps(
     graphs = None if settings.memory_bytes is None else settings.memory_bytes // 2
     operator = Hessian(objective, residency=settings.residency, budget_bytes=graphs)
     search = _fitted(settings, operator)
-    _refuse_asymmetry(operator, seed)
-    before = operator.products
+    checked = preflight(objective) if settings.preflight else None
+    if checked is not None:
+        refuse_wrong(checked)
     lengths = [entry.numel for entry in operator.space.entries]
     result: Trace | None = None
     for found in linalg_trace.search(operator, search, lengths=lengths, seed=seed, start=operator.gradient):
@@ -89,9 +89,10 @@ def trace_steps(
             plan=replace(operator.plan, basis_rows=search.max_rows),
             seed=seed,
             seconds=time.perf_counter() - began,
-            products=before + found.products,
+            products=found.products,
             unused=operator.unused,
-            notes=objective.notes,
+            preflight=checked,
+            notes=(*objective.notes, *doubts(checked)),
         )
         yield result
     if result is not None:
@@ -125,11 +126,12 @@ def trace(
 
     Raises:
         InvalidArgument: If an argument is out of range.
-        UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout.
+        UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout, or its second
+            derivatives are wrong.
         UnknownObjective: If loss and data do not fit.
         CurvkitError: If loss or products are not finite.
 
-    Cost: 32 to a few hundred products of about two gradients each.
+    Cost: 30 to a few hundred products of about two gradients each.
     Accuracy: the interval holds the trace for this data with probability 0.95, about; see docs/concepts/trace.md.
 
     Example:
@@ -181,18 +183,3 @@ def _fitted(settings: TraceSettings, operator: Hessian) -> linalg_trace.Settings
     rows = rows if search.max_rows is None else min(rows, search.max_rows)
     together = TOGETHER if operator.plan.residency == "streamed" and search.block_size == 1 else search.block_size
     return replace(search, max_rows=rows, block_size=max(1, min(together, (rows - 2) // 2)))
-
-
-def _refuse_asymmetry(operator: Hessian, seed: int) -> None:
-    """A Hessian is symmetric; products that are not come from an operation whose second derivative is wrong."""
-    u, v = (seeds.normal(operator.n, seed, "symmetry", i, dtype=operator.dtype, device=operator.device) for i in (0, 1))
-    Hu, Hv = operator.matmat(torch.stack([u, v], dim=1)).unbind(1)
-    size = max(norm(Hu) * norm(v), norm(Hv) * norm(u))
-    asymmetry = abs(dot(u, Hv) - dot(v, Hu))
-    limit = ASYMMETRY * torch.finfo(operator.dtype).eps * size
-    if asymmetry > limit:
-        raise UnsupportedModel(
-            f"trace: the products are not those of a symmetric matrix (u'Hv and v'Hu differ by {asymmetry:.2g}, {limit:.1g} is allowed for "
-            "rounding). Either a second derivative in this model is wrong (weight_norm and custom functions with once_differentiable "
-            "are known), or products do not repeat. Write a weight norm as g * v / v.norm(), or leave these parameters out by patterns."
-        )

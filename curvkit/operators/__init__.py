@@ -1,6 +1,7 @@
 """Curvature matrices of an objective, seen through their products."""
 
 from curvkit.operators.copies import DoubleGGN, DoubleHessian, PerturbedHessian
+from curvkit.operators.difference import DifferenceHessian
 from curvkit.operators.ggn import GGN
 from curvkit.operators.hessian import Hessian
 from curvkit.operators.plan import Plan
@@ -10,6 +11,7 @@ from curvkit.operators.protocol import CurvatureOperator
 __all__ = [
     "GGN",
     "CurvatureOperator",
+    "DifferenceHessian",
     "DoubleGGN",
     "DoubleHessian",
     "Hessian",

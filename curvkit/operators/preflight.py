@@ -17,6 +17,7 @@ from curvkit.linalg.basis import dot, norm
 from curvkit.losses.batches import rows, take_rows
 from curvkit.objectives import Objective
 from curvkit.operators.graph import GradientGraph
+from curvkit.operators.moving import Moving
 from curvkit.operators.support import Suspect, padding_rows, suspects
 
 Verdict = Literal["right", "wrong", "not checked"]
@@ -202,14 +203,14 @@ def _hold(probe: Objective, v: Tensor, fixed: tuple[tuple[str, int], ...]) -> No
 
 
 def _in_float64(objective: Objective) -> Objective:
-    """A copy in float64, or in the objective's own precision if it does not run in that."""
+    """A copy in float64, or the objective itself if it does not run in that."""
     try:
         double = objective.converted(dtype=torch.float64)
         with double.measuring():
             double.terms(0)
     except (CurvkitError, RuntimeError, TypeError):
-        return objective.copied()
-    return double if double is not objective else objective.copied()
+        return objective
+    return double
 
 
 def _products(probe: Objective, vectors: tuple[Tensor, ...]) -> list[Tensor]:
@@ -244,17 +245,11 @@ def _filled(pieces: list[Tensor | None], probe: Objective) -> list[Tensor]:
 
 def _mismatches(probe: Objective, v: Tensor, Hv: Tensor) -> dict[float, float]:
     """The difference quotient at each step against H v, until one agrees."""
-    theta = probe.parameters.join(tensor.detach().clone() for tensor in probe.tensors)
-    scale, found = 1.0 + norm(theta), dict[float, float]()
-    try:
-        for step in STEPS:
-            h = step * scale
-            quotient = (_gradient_at(probe, theta + h * v) - _gradient_at(probe, theta - h * v)) / (2 * h)
-            found[step] = _mismatch(probe, quotient, Hv)
-            if found[step] <= AGREES:
-                break
-    finally:
-        _move(probe, theta)
+    moving, found = Moving(probe), dict[float, float]()
+    for step in STEPS:
+        found[step] = _mismatch(probe, moving.quotient(probe.batches[0], v, step * moving.scale), Hv)
+        if found[step] <= AGREES:
+            break
     return found
 
 
@@ -265,22 +260,6 @@ def _mismatch(probe: Objective, quotient: Tensor, Hv: Tensor) -> float:
     pairs = zip(probe.parameters.split(quotient), probe.parameters.split(Hv), strict=True)
     shares = [norm((q - h).flatten()) / max(norm(h.flatten()), FLOOR * size, TINY) for q, h in pairs]
     return max(shares, default=0.0)
-
-
-def _gradient_at(probe: Objective, theta: Tensor) -> Tensor:
-    """The gradient of the batch's total; `probe` is a copy whose parameters may be moved."""
-    _move(probe, theta)
-    with probe.measuring():
-        total = probe.terms(0).total
-        if not total.requires_grad:
-            return torch.zeros_like(theta)
-        return probe.parameters.join(torch.autograd.grad(total, probe.tensors, materialize_grads=True)).detach()
-
-
-def _move(probe: Objective, theta: Tensor) -> None:
-    with torch.no_grad():
-        for tensor, piece in zip(probe.tensors, probe.parameters.split(theta), strict=True):
-            tensor.copy_(piece)
 
 
 def _plateau(mismatches: list[float]) -> bool:

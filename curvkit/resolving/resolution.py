@@ -94,6 +94,6 @@ def _teaching(checkpoint: Checkpoint) -> str:
             f"  found    {checkpoint}{keys}",
             "  missing  an objective: a function returning curvkit.Objective(model, loss, data)",
             f"  do one   curvkit sharpness {path} --objective train.py:objective",
-            f"           curvkit.save(path, model=model, recipe=...)    for curvkit's own models ({', '.join(BUILDERS)}): needs no flag then",
+            f"           curvkit.save(path, model=model, recipe=...)    for curvkit's own models ({', '.join(BUILDERS)}): no flag then",
         )
     )

@@ -24,7 +24,7 @@ class Eigenpairs:
     residuals: Tensor
     """[k] float64, ||A v - lambda v|| for unit v, in the unit of `values`."""
     converged: Tensor
-    """[k] bool: the residual is at most tolerance * max(|value|, scale / 100)."""
+    """[k] bool: the residual is at most tolerance * max(|value|, scale / 100), and so is `rounding`, as far as it was seen."""
     vectors: Tensor | None
     """[n, k] orthonormal, in the order of `space`; None in a partial result."""
     recomputed: bool
