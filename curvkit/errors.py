@@ -6,6 +6,11 @@ The command line maps each class to one exit code; `__init__` of no class takes 
 
 from __future__ import annotations
 
+import re
+
+EXHAUSTED = re.compile("out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+"""How torch says that memory ran out, on any device."""
+
 
 class CurvkitError(Exception):
     """Root of every error that curvkit raises on purpose."""
@@ -33,3 +38,24 @@ class NotConverged(CurvkitError):
 
 class MissingExtra(CurvkitError, ImportError):
     """An optional package is needed; the message has the install command."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on a device: torch has an exception of its own for CUDA, and only a text for the CPU.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        False for an error of curvkit, which has done what could be done.
+
+    Example:
+        >>> ran_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."))
+        True
+        >>> ran_out_of_memory(RuntimeError("shapes do not fit"))
+        False
+    """
+    if isinstance(error, CurvkitError):
+        return False
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and EXHAUSTED.search(str(error)) is not None)

@@ -234,7 +234,15 @@ def _check_choice(chosen: list[Entry], frozen: list[str], excluded: list[str], w
                     f"{' ...' if len(chosen) + len(excluded) > 8 else ''}. Patterns are shell patterns, for example '*.weight'."
                 )
     if not chosen or sum(entry.numel for entry in chosen) == 0:
-        state = f"all {len(frozen)} of its parameters are frozen" if frozen else "it has no floating-point parameters"
-        raise InvalidArgument(
-            f"ParameterSpace: the model has no trainable parameter: {state}. Call requires_grad_(True) on the parameters to measure."
-        )
+        if wanted is not None and not wanted:
+            raise InvalidArgument(
+                "ParameterSpace: the list of patterns is empty, so that no parameter is chosen. Pass None for all, or patterns such "
+                "as '*.weight'."
+            )
+        state, advice = "it has no floating-point parameters", "Pass a model that has some."
+        if frozen:
+            state, advice = (
+                f"all {len(frozen)} of its parameters are frozen",
+                "Call requires_grad_(True) on those to measure.",
+            )
+        raise InvalidArgument(f"ParameterSpace: the model has no trainable parameter: {state}. {advice}")

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from curvkit.errors import UnsupportedModel
+from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
 from curvkit.linalg import FunctionMap, lanczos
 from curvkit.measures import SharpnessSettings, sharpness
 from curvkit.measures.data_doubt import parts_of
 from curvkit.models import MLP
 from curvkit.objectives import Objective
+from curvkit.operators import Hessian
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -104,3 +105,44 @@ def test_half_precision_in_frozen_layers_counts():
     result = sharpness(Objective(model, F.cross_entropy, [(draw(16, 4).bfloat16(), torch.arange(16) % 3)]), seed=0)
     assert result.definition.dtype == "float32"
     assert model[0].weight.dtype == torch.bfloat16
+
+
+def test_a_function_that_writes_to_its_argument_is_refused():
+    """Otherwise v'Av / v'v is that of the written vector: 1, with a residual of 0."""
+    for function in (lambda v: v.mul_(2), lambda v: v.add_(1).mul(2)):
+        with pytest.raises(InvalidArgument, match="FunctionMap: the function writes to its argument"):
+            lanczos.eigenpairs(FunctionMap(60, function, dtype=torch.float64), seed=0)
+
+
+@pytest.mark.parametrize("wrong", [None, torch.zeros(59), torch.zeros(60, dtype=torch.float64)])
+def test_a_function_that_returns_something_else_is_refused(wrong: Tensor | None):
+    with pytest.raises(InvalidArgument, match="FunctionMap: the function returned .* It must return the same kind"):
+        FunctionMap(60, lambda v: wrong).matvec(torch.zeros(60))  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize("scale", [1e-160, 1e-200, 1e160])
+def test_a_matrix_whose_squares_leave_the_range_is_refused(scale: float):
+    """Norms are roots of sums of squares; below 1e-140 they would lose digits without a word."""
+    d = torch.arange(1.0, 41.0, dtype=torch.float64) * scale
+    with pytest.raises(
+        CurvkitError, match="outside of the range of float64. Multiply the function by a constant|NaN or infinite"
+    ):
+        lanczos.eigenpairs(FunctionMap(40, lambda v: d * v, dtype=torch.float64), seed=0)
+
+
+def test_no_bound_is_claimed_for_a_matrix_that_is_not_symmetric():
+    """The bounds are theorems about symmetric matrices; here the one from above would lie below the value."""
+    A = torch.diag(torch.arange(1.0, 61.0, dtype=torch.float64))
+    A[0, 1] += 1.0
+    pairs = lanczos.eigenpairs(FunctionMap(60, lambda v: A @ v, dtype=torch.float64), seed=0, max_products=30)
+    assert pairs.asymmetry > lanczos.asymmetry_limit(pairs)
+    assert (pairs.upper_bound, pairs.lower_bound, pairs.confidence) == (None, None, None)
+
+
+def test_representations_are_short():
+    pairs = lanczos.eigenpairs(FunctionMap(1000, lambda v: 2 * v), seed=0)
+    assert repr(pairs) == f"Eigenpairs(largest: 2; converged, {pairs.products} products)"
+    it = Objective(MLP([4, 5, 3]), F.cross_entropy, [(draw(8, 4), torch.arange(8) % 3)])
+    assert repr(Hessian(it)).startswith("Hessian(n=43, reverse over reverse, retained (")
+    assert repr(sharpness(it, seed=0)).startswith("Sharpness(")
+    assert len(repr(sharpness(it, seed=0))) < 300

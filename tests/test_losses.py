@@ -295,14 +295,23 @@ def test_a_single_example_without_a_batch_dimension():
     assert relative(H.matmat(torch.eye(H.n).double()), truth.hessian) <= SAME
 
 
-@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
-def test_targets_that_are_broadcast():
-    """Dense autograd: [N, C] against [N, 1] has N C terms."""
-    model = Then(None).double()
-    H = Hessian(Objective(model, F.mse_loss, cut([7, 5], X, REAL[:, :1])))
-    truth = dense(model, lambda call: F.mse_loss(call(X), REAL[:, :1]))
-    assert H.terms == N * C
-    assert relative(H.matmat(torch.eye(H.n).double()), truth.hessian) <= SAME
+@pytest.mark.parametrize(
+    ("loss", "targets"), [(F.mse_loss, REAL[:, :1]), (F.l1_loss, REAL[:, 0]), (nn.HuberLoss(), REAL[0])]
+)
+def test_targets_that_would_be_broadcast_are_refused(loss: Any, targets: Tensor):
+    """[N, 1] against [N] makes N^2 terms, with another count in every batch."""
+    with pytest.raises(
+        UnknownObjective, match="compares element by element, but the model gave .* Give both the same shape"
+    ):
+        Hessian(Objective(Then(None).double(), loss, [(X[: len(targets)], targets)]))
+
+
+def test_a_class_in_place_of_a_loss_is_refused():
+    with pytest.raises(
+        InvalidArgument,
+        match=r"loss=CrossEntropyLoss is a class, not a loss. Make one of it: loss=CrossEntropyLoss\(\)",
+    ):
+        Objective(Then(None), nn.CrossEntropyLoss, [(X, LABELS)])
 
 
 # ---- which losses are known -----------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_unused_frozen_and_tied_parameters_are_told():
         model = Odd()
     found = sharpness(Objective(model, F.cross_entropy, [examples()]), seed=0, settings=SEARCH_ONLY)
     assert found.unused == ("unused.weight", "unused.bias")
-    assert found.notes == ("1 frozen parameter tensors left out",)
+    assert found.notes == ("frozen and left out: outer.bias",)
     assert found.definition.parameters == 51 - 3 + 6
     with seeded():
         tied = Decoder(vocabulary=5, width=4, depth=1, heads=2, context=7)
@@ -318,7 +318,7 @@ def test_a_wrong_derivative_is_refused():
     with pytest.raises(
         UnsupportedModel, match="sharpness: the products are not those of a symmetric matrix \\(u'Hv and v'Hu"
     ):
-        sharpness(Objective(model, F.cross_entropy, [examples()]), seed=0)
+        sharpness(Objective(model, F.cross_entropy, [examples()]), seed=0, settings=SharpnessSettings(preflight=False))
 
 
 def test_a_failure_in_the_doubt_leaves_the_eigenvalues():
@@ -486,7 +486,7 @@ def test_the_search_on_one_half_never_sees_the_other(monkeypatch: pytest.MonkeyP
     for factor in (1.0, -30.0):
         tops.append([])
         made = Objective(net(), F.cross_entropy, [first, (factor * second[0], second[1])])
-        *_, bracket = data_doubt.halves(made, 1.0, seed=0, limits=lanczos.Settings(), budget_bytes=None)
+        *_, bracket = data_doubt.halves(made, 1.0, seed=0, limits=lanczos.Settings())
         brackets.append(bracket)
     assert [len(found) for found in tops] == [2, 2]
     assert torch.equal(tops[0][0], tops[1][0])
@@ -507,7 +507,7 @@ def test_the_bracket_of_the_population():
         x = normal(12, 4, seed=1000 + draw) * scales
         top = torch.linalg.eigvalsh(2 * x.T @ x / 12)[-1].item()
         made = Objective(nn.Linear(4, 1, bias=False).double(), F.mse_loss, [(x, x[:, :1])])
-        *_, bracket = data_doubt.halves(made, top, seed=draw, limits=lanczos.Settings(), budget_bytes=None)
+        *_, bracket = data_doubt.halves(made, top, seed=draw, limits=lanczos.Settings())
         assert isinstance(bracket, Halves)
         held_out.append(bracket.lower)
         in_sample.append(bracket.in_sample)

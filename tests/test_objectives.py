@@ -71,7 +71,7 @@ def test_properties():
     it = of(cut([5, 7], X, Y), parameters="*.weight")
     assert (it.examples, it.device.type, it.dtype, it.mode) == (12, "cpu", torch.float32, "train")
     assert it.parameters.names == ("linear0.weight", "linear1.weight")
-    assert it.notes == ("2 parameter tensors left out by the patterns",)
+    assert it.notes == ("left out by the patterns: linear0.bias, linear1.bias",)
     assert of([(X, Y[:3])], num_batches=1).examples is None
 
 
@@ -94,7 +94,7 @@ def test_notes_of_ties_and_frozen_parameters():
     m[1].weight, m[3].weight, m[3].bias = m[0].weight, m[2].weight, m[2].bias
     m[0].bias.requires_grad_(False)
     it = Objective(m, F.mse_loss, [(torch.ones(1, 3), torch.ones(1, 3))])
-    assert it.notes == ("tied: 1.weight = 0.weight and 2 more", "1 frozen parameter tensors left out")
+    assert it.notes == ("tied: 1.weight = 0.weight and 2 more", "frozen and left out: 0.bias")
 
 
 def test_a_space_may_be_given():
@@ -671,3 +671,21 @@ def test_half_precision_is_raised_for_the_loss_and_its_gradient():
     assert torch.allclose(made.gradient().double(), (2 * error.T @ X64 / 40).flatten(), rtol=3e-6, atol=1e-7)
     assert made.gradient().dtype == torch.float32
     assert model.weight.dtype == torch.bfloat16
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(InvalidArgument, match="batch 1 is empty: its tensors have 0 rows. Leave empty batches out"):
+        Objective(nn.Linear(2, 1), F.mse_loss, [(normal(3, 2), normal(3, 1)), (normal(0, 2), normal(0, 1))]).value()
+
+
+def test_the_representation_names_model_and_loss_and_no_data():
+    made = Objective(nn.Linear(2, 1), F.mse_loss, [(normal(3, 2), normal(3, 1))])
+    assert repr(made) == "Objective(Linear, mse_loss, 3 parameters)"
+
+
+def test_many_left_out_parameters_are_counted():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    for p in [*model.parameters()][:-1]:
+        p.requires_grad_(False)
+    notes = Objective(model, F.mse_loss, [(normal(3, 2), normal(3, 2))]).notes
+    assert notes == ("frozen and left out: 0.weight, 0.bias, 1.weight and 4 more",)

@@ -210,3 +210,10 @@ def test_a_frozen_parameter_of_another_kind_does_no_harm():
     space = ParameterSpace.of(model)
     assert space.n == 3
     assert set(space.frozen) == {"phase", "count"}
+
+
+def test_an_empty_list_of_patterns_and_a_model_without_parameters_are_told_apart():
+    with pytest.raises(InvalidArgument, match="the list of patterns is empty, so that no parameter is chosen"):
+        ParameterSpace.of(nn.Linear(2, 1), [])
+    with pytest.raises(InvalidArgument, match="it has no floating-point parameters. Pass a model that has some"):
+        ParameterSpace.of(nn.ReLU(), None)

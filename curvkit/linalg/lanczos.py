@@ -24,6 +24,7 @@ from curvkit.linalg.certificate import (
     ROUNDING,
     OtherArithmetic,
     assumed_error,
+    asymmetry_limit,
     certified,
     partial,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "Settings",
     "Which",
     "allowed",
+    "asymmetry_limit",
     "eigenpairs",
     "search",
     "steps",
@@ -116,6 +118,7 @@ def steps(
         T = extend(T, columns)
         theta, S = torch.linalg.eigh(T)
         scale = theta.abs().max().item()
+        _check_range(scale)
         chosen, spanned, inner = wanted(theta, num, which), basis.size == A.n, gram(left)
         if plain:
             asymmetry = max(asymmetry, columns[0, : max(len(T) - 2, 0)].abs().amax().item() if len(T) > 2 else 0.0)
@@ -243,6 +246,15 @@ def _check_fit(A: LinearMap, settings: Settings, start: Tensor | None) -> None:
     if start is not None and start.shape != (A.n,):
         raise InvalidArgument(
             f"lanczos: start has shape {tuple(start.shape)}, the matrix has order {A.n}. Pass a vector [{A.n}]."
+        )
+
+
+def _check_range(scale: float) -> None:
+    """Squares of norms must neither vanish nor overflow in float64."""
+    if 0.0 < scale < 1e-140 or scale > 1e140:
+        raise CurvkitError(
+            f"lanczos: the matrix has a norm of {scale:.0e}, whose square is outside of the range of float64. "
+            "Multiply the function by a constant, and divide the eigenvalues by it."
         )
 
 

@@ -51,7 +51,7 @@ class FunctionMap:
         device: Of the vectors.
 
     Raises:
-        InvalidArgument: If n < 1.
+        InvalidArgument: If n < 1, or at a product if the function writes to its argument or returns something else than a vector.
 
     Example:
         >>> A = FunctionMap(3, lambda v: 2 * v)
@@ -75,12 +75,28 @@ class FunctionMap:
     def matvec(self, v: Tensor) -> Tensor:
         """Multiply one vector, [n] -> [n]."""
         _check_shape(self, v, 1)
-        return self._multiply(v)
+        return self._checked(v)
 
     def matmat(self, V: Tensor) -> Tensor:
         """Multiply the columns one by one, [n, k] -> [n, k]."""
         _check_shape(self, V, 2)
-        return torch.stack([self._multiply(v) for v in V.unbind(1)], dim=1)
+        return torch.stack([self._checked(v) for v in V.unbind(1)], dim=1)
+
+    def _checked(self, v: Tensor) -> Tensor:
+        """The product, or a refusal of what is none."""
+        version = 0 if v.is_inference() else v._version
+        product = self._multiply(v)
+        if not v.is_inference() and v._version != version:
+            raise InvalidArgument(
+                "FunctionMap: the function writes to its argument, so that the vectors of the caller change. Return a new tensor, "
+                "for example v.mul(2) in place of v.mul_(2)."
+            )
+        if not isinstance(product, Tensor) or product.shape != v.shape or product.dtype != v.dtype:
+            got = f"{product.dtype} {list(product.shape)}" if isinstance(product, Tensor) else type(product).__name__
+            raise InvalidArgument(
+                f"FunctionMap: the function returned {got} for {v.dtype} {list(v.shape)}. It must return the same kind."
+            )
+        return product
 
 
 class DenseMap:

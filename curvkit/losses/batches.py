@@ -132,12 +132,16 @@ def check_batch(batch: Batch, index: int) -> None:
         index: Its number, for the message.
 
     Raises:
-        InvalidArgument: If it holds no tensor, or is neither tensor, tuple, list nor mapping.
+        InvalidArgument: If it holds no tensor, is neither tensor, tuple, list nor mapping, or has no rows.
     """
     if not isinstance(batch, Tensor | tuple | list | Mapping) or next(tensors(batch), None) is None:
         raise InvalidArgument(
             f"Objective: batch {index} is a {type(batch).__name__} without tensors. Batches are tensors, tuples or dicts of tensors; "
             "convert arrays with torch.as_tensor."
+        )
+    if rows(batch) == 0:
+        raise InvalidArgument(
+            f"Objective: batch {index} is empty: its tensors have 0 rows. Leave empty batches out of the data."
         )
 
 

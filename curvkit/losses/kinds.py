@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvkit.errors import InvalidArgument, UnknownObjective
 from curvkit.losses.batches import Batch, inputs_and_targets
-from curvkit.losses.known import BY_CLASS, DIVISORS, recognise
+from curvkit.losses.known import BY_CLASS, DIVISORS, ELEMENTWISE, recognise
 from curvkit.losses.terms import LossTerms, scalar_or_pair
 
 Reduction = Literal["mean", "sum", "as returned"]
@@ -160,7 +160,16 @@ class KnownLoss:
 
         Returns:
             The terms.
+
+        Raises:
+            UnknownObjective: If an elementwise loss would broadcast one against the other.
         """
+        if self.function in ELEMENTWISE and outputs.shape != targets.shape:
+            raise UnknownObjective(
+                f"Objective: {self.name} compares element by element, but the model gave {tuple(outputs.shape)} and the targets are "
+                f"{tuple(targets.shape)}; torch would compare each with each. Give both the same shape, for example targets[:, None] or "
+                "outputs.squeeze(-1)."
+            )
         total = self.function(outputs, targets, **{**self.options, "reduction": "sum"})
         divisor, count = DIVISORS[self.function](outputs.detach(), targets, self.options)
         return LossTerms(total, divisor, count)
@@ -290,12 +299,16 @@ def as_loss(loss: Any) -> Loss:
         The loss.
 
     Raises:
-        InvalidArgument: If it is not callable, or is one of torch's losses with a reduction that gives no scalar.
+        InvalidArgument: If it is not callable, is a class, or is one of torch's losses with a reduction that gives no scalar.
     """
     if isinstance(loss, KnownLoss | OtherLoss):
         return loss
     if isinstance(loss, BatchLoss):
         return OtherLoss(loss.fn, _name(loss.fn), whole=True)
+    if isinstance(loss, type):
+        raise InvalidArgument(
+            f"Objective: loss={loss.__name__} is a class, not a loss. Make one of it: loss={loss.__name__}()."
+        )
     known = recognise(loss)
     if known is not None:
         function, options = known

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,18 +58,17 @@ def of_tokens(outputs: Tensor, targets: Tensor, options: Options) -> tuple[float
 
 
 def of_elements(outputs: Tensor, targets: Tensor, options: Options) -> tuple[float, int]:
-    """Elementwise losses: the elements of the broadcast pair; their weights where the mean is weighted.
+    """Elementwise losses: the elements.
 
     Args:
         outputs: Any shape.
-        targets: Broadcastable to it.
-        options: weight, for the losses that divide by its sum.
+        targets: Of the same shape.
+        options: None is read.
 
     Returns:
-        Divisor and number of terms.
+        Divisor and number of terms, equal.
     """
-    count = torch.broadcast_shapes(outputs.shape, targets.shape).numel()
-    return float(count), count
+    return float(outputs.numel()), outputs.numel()
 
 
 def of_weighted_elements(outputs: Tensor, targets: Tensor, options: Options) -> tuple[float, int]:
@@ -78,7 +76,7 @@ def of_weighted_elements(outputs: Tensor, targets: Tensor, options: Options) -> 
 
     Args:
         outputs: Any shape.
-        targets: Broadcastable to it.
+        targets: Of the same shape.
         options: weight.
 
     Returns:
@@ -136,6 +134,11 @@ DIVISORS: dict[Callable[..., Tensor], Divisor] = {
     F.kl_div: of_divergence,
     token_cross_entropy: of_tokens,
 }
+
+ELEMENTWISE = tuple(
+    function for function, divisor in DIVISORS.items() if divisor in (of_elements, of_weighted_elements)
+)
+"""Losses that would broadcast outputs against targets of another shape: [N, 1] against [N] to [N, N], which nobody means."""
 
 BY_CLASS = (F.cross_entropy, F.nll_loss, token_cross_entropy)
 """Losses whose `weight` belongs to classes, not to elements."""

@@ -30,9 +30,6 @@ Rule = Literal["reverse", "difference"]
 OPERATORS: dict[str, type[Hessian | DifferenceHessian]] = {"reverse": Hessian, "difference": DifferenceHessian}
 Rounding = Literal["auto", "float64", "perturbation"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-ASYMMETRY = 100.0
-"""Asymmetry above this times eps ||H|| is refused. Seen in float32, two draws each: at most 0.7 on MLP, ResNet and decoder; on networks
-with weight_norm at least 1.9e3."""
 BASIS_FRACTION = 0.25
 """Share of the free memory that the Lanczos basis may take by default."""
 
@@ -213,7 +210,7 @@ def _with_halves(result: Sharpness, objective: Objective, settings: SharpnessSet
 
 def _refuse_asymmetry(pairs: Eigenpairs, operator: Hessian | DifferenceHessian) -> None:
     """A Hessian is symmetric; products that are not come from an operation whose second derivative is wrong."""
-    limit = ASYMMETRY * max(torch.finfo(operator.dtype).eps, pairs.product_error / 8) * pairs.scale
+    limit = lanczos.asymmetry_limit(pairs)
     if pairs.asymmetry > limit:
         raise UnsupportedModel(
             f"sharpness: the products are not those of a symmetric matrix (u'Hv and v'Hu differ by {pairs.asymmetry:.2g}, "

@@ -38,6 +38,11 @@ class Sharpness:
     """Whether second derivatives are right, as far as a few rows show; None if it was not asked."""
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """The value with its interval, and what it belongs to."""
+        low, high = self.eigenpairs.intervals[self.leading].tolist()
+        return f"Sharpness({self.value:.6g} in [{low:.6g}, {high:.6g}], {self.stage}; {self.definition})"
+
     @property
     def leading(self) -> int:
         """Row of the outermost eigenvalue: the first; the last for which="smallest"; the largest in absolute value for "magnitude"."""

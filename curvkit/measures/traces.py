@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+
 from curvkit import seeds
-from curvkit.errors import InvalidArgument
+from curvkit.errors import CurvkitError, InvalidArgument
 from curvkit.linalg import trace as linalg_trace
 from curvkit.linalg.basis import norm
 from curvkit.linalg.trace import Method
 from curvkit.losses import KnownLoss, token_cross_entropy
 from curvkit.losses.batches import inputs_and_targets
+from curvkit.measures import piecewise_linear
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.trace_result import Trace, shares
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian
 from curvkit.operators.plan import Residency, free_memory
 from curvkit.operators.preflight import preflight, refuse_wrong
+from curvkit.results import TraceEstimate, TraceParts
 
 VECTORS_FRACTION = 0.25
 """Share of the free memory that vectors of the search may take by default."""
@@ -35,6 +40,8 @@ class TraceSettings:
     residency: Residency | Literal["auto"] = "auto"
     memory_bytes: int | None = None
     """For graphs and vectors, half each; None: half and a quarter of the memory that is free."""
+    structure: bool = True
+    """With method "auto": compute the trace of a piecewise linear network exactly, as that of its GGN, where it is shown to be one."""
     preflight: bool = True
     """First check second derivatives on a few rows, and refuse those that are wrong."""
 
@@ -73,9 +80,8 @@ def trace_steps(
     checked = preflight(objective) if settings.preflight else None
     if checked is not None:
         refuse_wrong(checked)
-    lengths = [entry.numel for entry in operator.space.entries]
     result: Trace | None = None
-    for found in linalg_trace.search(operator, search, lengths=lengths, seed=seed, start=operator.gradient):
+    for found in _estimates(operator, settings, search, seed):
         by_layer, by_parameter = shares(operator.objective.model, operator.space, found.parts)
         result = Trace(
             estimate=found,
@@ -173,6 +179,44 @@ def unit(objective: Objective) -> str | None:
     if loss.name.startswith(("cross_entropy", "binary_cross_entropy", "nll_loss", "kl_div")):
         return "sum of nats over terms" if loss.reduction == "sum" else "mean nats per term"
     return None
+
+
+def _estimates(
+    operator: Hessian, settings: TraceSettings, search: linalg_trace.Settings, seed: int
+) -> Iterator[TraceEstimate]:
+    """By the structure of the network where that is exact and cheap, else by products."""
+    lengths = tuple(entry.numel for entry in operator.space.entries)
+    wanted = settings.structure and search.method == "auto" and operator.n > linalg_trace.SMALL
+    if not wanted or not piecewise_linear.applies(operator.objective, seed):
+        yield from linalg_trace.search(operator, search, lengths=lengths, seed=seed, start=operator.gradient)
+        return
+    unknown, none = float("nan"), torch.zeros(0, len(lengths), dtype=torch.float64)
+    partial = TraceEstimate(
+        value=unknown,
+        stderr=unknown,
+        low=-float("inf"),
+        high=float("inf"),
+        confidence=1.0,
+        probes=0,
+        products=0,
+        method="exact",
+        reason=f"{piecewise_linear.REASON}; no Hessian products, checked on up to {piecewise_linear.CHECKED} diagonal entries",
+        converged=False,
+        tolerance=search.tolerance,
+        absolute_tolerance=search.absolute_tolerance,
+    )
+    sums = torch.full((len(lengths),), unknown, dtype=torch.float64)
+    for _, so_far in piecewise_linear.ggn_diagonal_sums(operator.objective):
+        sums = so_far
+        yield partial
+    value = sums.sum().item()
+    if not math.isfinite(value):
+        raise CurvkitError(
+            "trace: the sum of squares that gives the trace of the GGN is not finite. The function or its derivatives overflow there: "
+            "check weights and data for NaN, or compute in float64."
+        )
+    known = {"value": value, "stderr": 0.0, "low": value, "high": value, "converged": True, "exact": True}
+    yield replace(partial, **known, rank=operator.n, parts=TraceParts(lengths, sums, none))
 
 
 def _fitted(settings: TraceSettings, operator: Hessian) -> linalg_trace.Settings:

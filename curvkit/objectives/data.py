@@ -79,7 +79,9 @@ def draw(data: Iterable[Batch], limit: int | None) -> tuple[tuple[Batch, ...], t
     if not isinstance(data, list | tuple) and not _is_map_style(data):
         notes += _second_pass(data, batches, limit)
     if limit is not None and len(batches) == limit and _length(data) not in (None, limit):
-        notes.append(f"the first {limit} of {_length(data)} batches")
+        notes.append(
+            f"the first {limit} of {_length(data)} batches" if limit > 1 else f"the first batch of {_length(data)}"
+        )
     return batches, tuple(notes)
 
 

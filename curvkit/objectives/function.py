@@ -73,6 +73,10 @@ class Objective:
             object.__setattr__(self, "parameters", ParameterSpace.of(self.model, self.parameters))
         self.parameters.tensors(self.model)  # they must be this model's
 
+    def __repr__(self) -> str:
+        """Model, loss and number of parameters; not the data."""
+        return f"Objective({type(self.model).__name__}, {self.loss.name}, {self.parameters.n:,} parameters)"
+
     @cached_property
     def _drawn(self) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
         return drawing.draw(self.data, self.num_batches)
@@ -92,9 +96,9 @@ class Objective:
                 f"tied: {alias} = {name}" + (f" and {len(space.tied) - 1} more" if len(space.tied) > 1 else "")
             )
         if space.frozen:
-            notes.append(f"{len(space.frozen)} frozen parameter tensors left out")
+            notes.append(f"frozen and left out: {_listed(space.frozen)}")
         if space.excluded:
-            notes.append(f"{len(space.excluded)} parameter tensors left out by the patterns")
+            notes.append(f"left out by the patterns: {_listed(space.excluded)}")
         return tuple(notes)
 
     @property
@@ -401,6 +405,10 @@ class Objective:
                     f"Objective: batch {index} has a tensor on {tensor.device}, the model is on {self.device}. "
                     f"Move the data with batch.to(device), or the model."
                 )
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _run(start: int, length: int, tensor: Tensor) -> Tensor:

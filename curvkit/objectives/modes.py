@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  the common base of all BatchNorm layers
 from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]  likewise
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from curvkit.errors import UnsupportedModel
 
@@ -27,7 +28,7 @@ def mode(model: nn.Module) -> str:
 
 
 def refuse_random_modules(model: nn.Module, num_batches: int) -> None:
-    """Refuse active dropout and BatchNorm on batch statistics.
+    """Refuse active dropout, BatchNorm on batch statistics and spectral_norm that still iterates.
 
     Args:
         model: In the mode in which it will be measured.
@@ -47,6 +48,12 @@ def refuse_random_modules(model: nn.Module, num_batches: int) -> None:
         raise UnsupportedModel(
             f"Objective: {_listed(coupled, model)} is in training mode: it normalises by the batch at hand and moves its running "
             "statistics, so that the result would depend on how the data is cut into batches. Call model.eval()."
+        )
+    moving = [name for name, m in model.named_modules() if m.training and _iterates(m)]
+    if moving:
+        raise UnsupportedModel(
+            f"Objective: {_listed(moving, model)} is spectral_norm in training mode: its power iteration moves with every pass, so that "
+            "there is no fixed function. Call model.eval()."
         )
     without = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
     if without and num_batches > 1:
@@ -79,13 +86,20 @@ def refuse_gradient_hooks(model: nn.Module) -> None:
             )
 
 
+def _iterates(module: nn.Module) -> bool:
+    hooks = vars(module)["_forward_pre_hooks"].values()
+    return type(module).__name__ == "_SpectralNorm" or any(isinstance(hook, SpectralNorm) for hook in hooks)
+
+
 def _drops(module: nn.Module) -> bool:
     if isinstance(module, _DropoutNd):
         return module.p > 0
     if isinstance(module, nn.RReLU):
         return module.lower != module.upper
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+    if isinstance(module, nn.MultiheadAttention):
         return module.dropout > 0
+    if isinstance(module, nn.RNNBase):
+        return module.dropout > 0 and module.num_layers > 1  # it acts between layers
     return False
 
 

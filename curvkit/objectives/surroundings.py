@@ -63,7 +63,8 @@ def undisturbed(model: nn.Module) -> Generator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(name, p, p.grad, p.requires_grad, p._version) for name, p in model.named_parameters()]
-    registered = [(held, dict(held)) for held in (vars(module).get("_buffers", {}) for module in model.modules())]
+    holders = (vars(module).get("_buffers", {}) for module in model.modules())
+    registered = [(held, dict(held)) for held in holders if isinstance(held, dict)]  # TorchScript keeps them elsewhere
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     for _, p, *_ in parameters:
         p.grad = None

@@ -102,6 +102,10 @@ class BatchwiseOperator:
         self.unused = tuple(name for name, seen in zip(self.space.names, used, strict=True) if not seen)
         """Parameters that the loss does not depend on; their rows and columns are zero."""
 
+    def __repr__(self) -> str:
+        """Name, order and plan."""
+        return f"{type(self).__name__}(n={self.n:,}, {self.plan})"
+
     def matvec(self, v: Tensor) -> Tensor:
         """Multiply one vector.
 

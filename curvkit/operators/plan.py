@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvkit import seeds
-from curvkit.errors import CurvkitError, InvalidArgument
-from curvkit.linalg.basis import norm
-from curvkit.losses.batches import Batch, map_tensors, rows, tensors
+from curvkit.errors import CurvkitError, InvalidArgument, ran_out_of_memory
+from curvkit.losses.batches import Batch, rows, tensors
 from curvkit.objectives import Objective
 from curvkit.operators.folding import FoldBatchNorm
 from curvkit.operators.graph import BatchGraph, GradientGraph
+from curvkit.operators.independence import rows_are_independent
+from curvkit.operators.memory import free_memory, megabytes, release
 
 Residency = Literal["retained", "streamed"]
 
@@ -26,14 +24,10 @@ BUDGET_FRACTION = 0.5
 """Share of the free memory that graphs may take by default."""
 
 
+VECTORS = 3
+"""Of the length of the parameters, beside the graphs, for one product."""
 PROBE_SHARE = 8
 """The memory of a graph is measured on one in so many rows of the first batch, where the batch can be cut."""
-
-
-VALUE_ROUNDING = 64.0
-"""A sum of losses in two parts may differ by so many eps, relatively."""
-CURVATURE_ROUNDING = 1e4
-"""The same for a product with a random vector, which may be much smaller than ||H||."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +81,7 @@ def choose(
 
     Raises:
         InvalidArgument: If `residency` is unknown or the budget is not positive.
+        CurvkitError: If not even the vectors of one product fit the free memory, or nothing can be run for lack of it.
 
     Cost: about one gradient of the first batch, and if batches are cut one forward pass over the data; memory of less than the graph
         of the first batch, or of all of it if that cannot be cut.
@@ -99,20 +94,25 @@ def choose(
         raise InvalidArgument(
             f"{kind.matrix}: budget_bytes={budget_bytes!r} must be positive. Pass the bytes that graphs may take."
         )
-    budget = budget_bytes if budget_bytes is not None else int(BUDGET_FRACTION * free_memory(objective.device))
+    free, vectors = free_memory(objective.device), vector_bytes(objective)
+    if vectors > free:
+        raise CurvkitError(
+            f"{kind.matrix}: a product holds {VECTORS} vectors of {objective.parameters.n:,} parameters, {vectors:,} bytes, but only "
+            f"{free:,} bytes are free on {objective.device}. Leave parameters out by patterns, use float32, or free memory."
+        )
+    budget = budget_bytes if budget_bytes is not None else int(BUDGET_FRACTION * free)
     divisible = rows_are_independent(objective, objective.batches[:1], kind=kind)
-    probe = objective.cut(PROBE_SHARE)[0] if divisible else objective
+    probe, second, first = _probed(objective, divisible, kind)
     scale = 1 / _share(probe.batches[0], objective.batches[0])
     largest = max(_share(batch, objective.batches[0]) for batch in objective.batches) * scale
-    second, first = saved_bytes(probe, gradient=True, kind=kind), saved_bytes(probe, gradient=False)
     held = int(second * scale * sum(_share(batch, objective.batches[0]) for batch in objective.batches))
-    need = held + int(second * largest) + 3 * objective.parameters.n * objective.dtype.itemsize
+    need = held + int(second * largest) + vectors
     if residency != "auto":
         chosen, reason = residency, "as asked"
     elif need <= budget:
-        chosen, reason = "retained", f"{_megabytes(need)} of graphs fit the budget of {_megabytes(budget)}"
+        chosen, reason = "retained", f"{megabytes(need)} of graphs fit the budget of {megabytes(budget)}"
     else:
-        chosen, reason = "streamed", f"{_megabytes(need)} of graphs exceed the budget of {_megabytes(budget)}"
+        chosen, reason = "streamed", f"{megabytes(need)} of graphs exceed the budget of {megabytes(budget)}"
     parts = 1
     if chosen == "streamed" and divisible and second > 0:
         parts = max(math.ceil(second / max(first, 1)), math.ceil(2 * second * largest / budget), 1)
@@ -127,6 +127,18 @@ def choose(
         rule=kind.rule,
         **_surroundings(objective),
     )
+
+
+def vector_bytes(objective: Objective) -> int:
+    """What the vectors of one product take: v, the product, and the gradient.
+
+    Args:
+        objective: What is differentiated.
+
+    Returns:
+        Bytes.
+    """
+    return VECTORS * objective.parameters.n * objective.dtype.itemsize
 
 
 def fitting(plan: Plan, objective: Objective, *, kind: type[BatchGraph] = GradientGraph) -> Plan:
@@ -185,88 +197,27 @@ def saved_bytes(objective: Objective, *, gradient: bool, kind: type[BatchGraph] 
     return sum(seen.values())
 
 
-def rows_are_independent(
-    objective: Objective, batches: Sequence[Batch], *, kind: type[BatchGraph] = GradientGraph
-) -> bool:
-    """Whether the loss of each batch is the sum over its halves: what couples rows must not be cut.
-
-    Rows may be steps of time, nodes of a graph, or normalised together. Coupling that does not show in the loss, because a gate is
-    still zero, shows in the curvature: on a few rows that is compared, too. A model that cannot be run on half a batch couples rows.
-
-    Args:
-        objective: The function.
-        batches: Batches of it.
-        kind: Of the products that are compared.
-
-    Returns:
-        False also where it cannot be known, because the terms of the loss are not.
-    """
-    if not objective.divisible or rows(batches[0]) in (None, 0, 1):
-        return False
-    eps = torch.finfo(objective.dtype).eps
-    try:
-        for batch in batches:
-            whole = objective.with_batches([batch])
-            halves = whole.cut(2)[0]
-            with whole.measuring(), torch.no_grad():
-                total = whole.terms(0).total.item()
-                parts = math.fsum(halves.terms(index).total.item() for index in range(len(halves.batches)))
-            if not abs(total - parts) <= VALUE_ROUNDING * eps * max(abs(total), abs(parts)):
-                return False
-    except Exception:
-        return False  # its own message, if it is no matter of rows, comes when the whole batch is run
-    few = objective.with_batches([map_tensors(lambda tensor: tensor[:4], batches[0])])
-    try:
-        return _curvature_differs(few, few.cut(2)[0], kind) <= CURVATURE_ROUNDING * eps
-    except (CurvkitError, RuntimeError):  # from the model on so few rows, or for lack of a second derivative
-        return False
-
-
-def _curvature_differs(one: Objective, other: Objective, kind: type[BatchGraph]) -> float:
-    """Relative difference of two products with the same random vector, sums over the batches."""
-    space, size = one.parameters, 0.0
-    with one.measuring():
-        v = list(space.split(seeds.normal(space.n, 0, "rows", dtype=one.dtype, device=one.device)))
-        difference = torch.zeros(space.n, dtype=one.dtype, device=one.device)
-        targets = list(space.split(difference))
-        for objective, sign in ((one, 1.0), (other, -1.0)):
-            for index in range(len(objective.batches)):
-                pieces = kind.product([kind.build(objective, index)], v, keep=False)
-                for target, piece in zip(targets, pieces, strict=True):
-                    if piece is not None:
-                        target.add_(piece, alpha=sign)
-                del pieces
-            size = size or norm(difference)
-    return norm(difference) / max(size, 1e-300)
-
-
-def free_memory(device: torch.device) -> int:
-    """Memory that could still be taken on a device.
-
-    Args:
-        device: CPU or CUDA.
-
-    Returns:
-        Bytes; on Linux MemAvailable, lowered by a control group's limit; elsewhere the free physical pages, or 4 GiB.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = 4 << 30
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with (
-            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
-            open("/sys/fs/cgroup/memory.current", encoding="ascii") as now,
-        ):
-            free = min(free, int(limit.read()) - int(now.read()))
-    except (OSError, ValueError):
-        pass  # no control group, or "max"
-    return max(free, 1)
+def _probed(objective: Objective, divisible: bool, kind: type[BatchGraph]) -> tuple[Objective, int, int]:
+    """The first rows, what the graph of their products saves, and what their forward pass does; fewer rows if memory runs out."""
+    share = PROBE_SHARE
+    while True:
+        probe = objective.cut(share)[0] if divisible else objective
+        try:
+            second, first = saved_bytes(probe, gradient=True, kind=kind), saved_bytes(probe, gradient=False)
+            return probe, second, first
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        release(objective.device)  # outside of the handler, whose frames hold the graph
+        size = rows(probe.batches[0]) or 1
+        if not divisible or size == 1:
+            what = "one row" if divisible else "the first batch, which cannot be cut,"
+            raise CurvkitError(
+                f"{kind.matrix}: out of memory with the graph of {what} ({said}). Give the data in smaller batches or with shorter rows, "
+                "leave parameters out by patterns, use float32, or a device with more memory."
+            )
+        share *= 2
 
 
 def _surroundings(objective: Objective) -> dict[str, Any]:
@@ -281,7 +232,3 @@ def _share(this: Batch, reference: Batch) -> float:
     if a and b:
         return b / a
     return sum(t.numel() for t in tensors(this)) / max(1, sum(t.numel() for t in tensors(reference)))
-
-
-def _megabytes(number: int) -> str:
-    return f"{number / 2**20:,.0f} MiB" if number >= 2**20 else f"{number / 2**20:.2f} MiB"

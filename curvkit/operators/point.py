@@ -111,7 +111,7 @@ def _by_device(watched: list[_Watched]) -> dict[torch.device, list[Tensor]]:
 def _registries(model: nn.Module) -> list[_Registry]:
     found = []
     for name, module in model.named_modules():
-        held = (vars(module)["_parameters"], vars(module)["_buffers"], vars(module)["_modules"])
+        held = tuple(vars(module).get(kind, {}) for kind in ("_parameters", "_buffers", "_modules"))
         found.append(_Registry(name, held, tuple([*map(id, registered.values())] for registered in held)))
     return found
 
@@ -119,7 +119,7 @@ def _registries(model: nn.Module) -> list[_Registry]:
 def _watch(model: nn.Module) -> list[_Watched]:
     found: dict[int, _Watched] = {}
     for prefix, module in model.named_modules():
-        for kind, holder in (("parameter", vars(module)["_parameters"]), ("buffer", vars(module)["_buffers"])):
+        for kind, holder in (("parameter", _held(module, "parameters")), ("buffer", _held(module, "buffers"))):
             for key, tensor in holder.items():
                 if tensor is None or id(tensor) in found:
                     continue
@@ -128,6 +128,11 @@ def _watch(model: nn.Module) -> list[_Watched]:
                     kind, name, holder, key, tensor, tensor.data_ptr(), _version(tensor, kind), _window(tensor)
                 )
     return list(found.values())
+
+
+def _held(module: nn.Module, what: str) -> Mapping[str, Tensor | None]:
+    """The dictionary that a module keeps them in, or a copy of one where they are kept elsewhere, as in TorchScript."""
+    return vars(module).get(f"_{what}") or dict(getattr(module, f"named_{what}")(recurse=False))
 
 
 def _window(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -138,7 +138,8 @@ def preflight(objective: Objective) -> Preflight:
     probe = _in_float64(_few_rows(objective.raised()))
     n, dtype, device = probe.parameters.n, probe.dtype, probe.device
     u, v = (seeds.normal(n, 0, "preflight", index, dtype=dtype, device=device) for index in range(2))
-    fixed = padding_rows(probe)
+    with _explained(NotImplementedError):
+        fixed = padding_rows(probe)
     for w in (u, v):
         _hold(probe, w, fixed)
         w /= norm(w)
@@ -216,7 +217,7 @@ def _in_float64(objective: Objective) -> Objective:
 def _products(probe: Objective, vectors: tuple[Tensor, ...]) -> list[Tensor]:
     """H v for each vector, all from one graph."""
     made = []
-    with probe.measuring(), _explained(probe):
+    with probe.measuring(), _explained(RuntimeError):
         graph = GradientGraph.build(probe, 0)
         for v in vectors:
             pieces = GradientGraph.product([graph], list(probe.parameters.split(v)), keep=True)
@@ -225,13 +226,13 @@ def _products(probe: Objective, vectors: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _explained(probe: Objective) -> Generator[None]:
-    """Name what cannot be differentiated twice, as far as it is known."""
+def _explained(kind: type[RuntimeError]) -> Generator[None]:
+    """Say what can be done about an operation without a derivative; in a forward pass only torch's NotImplementedError is one."""
     try:
         yield
     except CurvkitError:
         raise
-    except RuntimeError as error:
+    except kind as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(
             f"preflight: the model or its loss cannot be differentiated twice ({reason}). Replace that operation, or measure by "

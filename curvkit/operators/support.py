@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from curvkit.objectives import Objective
 
-Outcome = Literal["right", "handled", "refused", "raises", "wrong", "random"]
-"""right: torch is right by itself; handled: curvkit makes it right; refused: curvkit refuses it by name, whatever torch does; raises: torch
-raises, and curvkit passes that on with the remedy; wrong: torch gives a wrong number without an error; random: differs from run to run."""
+Outcome = Literal["right", "handled", "refused", "raises", "wrong", "random", "smooth only"]
+"""right: it is right as it stands; handled: curvkit makes it right; refused: curvkit refuses it and says why; raises: torch raises;
+wrong: a wrong number without an error; random: differs from run to run; smooth only: right unless a step crosses a kink, then refused."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ SUPPORT: Mapping[str, Construct] = {
             "ReLU and max-pool",
             "right",
             "right",
-            "refused",
-            "the kinks have measure zero; differences would step over them",
+            "smooth only",
+            "kinks have measure zero; differences of gradients may step over them",
         ),
         Construct(
             "tied, frozen and unused parameters", "right", "right", "right", "each counts once; unused ones are named"
@@ -85,16 +85,16 @@ SUPPORT: Mapping[str, Construct] = {
             "spectral_norm, train mode",
             "random",
             "refused",
-            "random",
+            "refused",
             "its power iteration moves with every pass: call model.eval()",
         ),
         Construct("spectral_norm, eval mode", "right", "right", "right", "nothing to do"),
-        Construct("dropout, train mode", "random", "refused", "random", "call model.eval()"),
+        Construct("dropout, train mode", "random", "refused", "refused", "call model.eval()"),
         Construct(
             "BatchNorm, train mode",
             "right",
             "refused",
-            "right",
+            "refused",
             "it couples the examples of a batch: call model.eval()",
         ),
         Construct(
@@ -148,8 +148,8 @@ SUPPORT: Mapping[str, Construct] = {
             "multi_margin_loss",
             "raises",
             "raises",
-            "refused",
-            "torch has no second derivative of it; write it with differentiable operations",
+            "smooth only",
+            "torch has no second derivative of it; measure by differences (rule='difference')",
         ),
         Construct(
             "quantised weights",
@@ -172,6 +172,35 @@ class Suspect:
     construct: Construct
     where: str
     """The module, "module 'encoder.0' (Linear)", or "the loss"; for a custom function its class."""
+
+
+HEAD = """# What can be differentiated twice
+
+What torch does by itself, by reverse over reverse with the flags as they are, what curvkit does, and whether differences of
+gradients (`rule="difference"`, `--rule difference`) are an alternative. Every line is a test that fails when torch changes.
+
+- *right*: as it stands. *handled*: torch raises or is wrong, curvkit makes it right. *refused*: an error that says why.
+- *wrong*: a wrong number without an error, which is what the [preflight](preflight.md) is for.
+- *raises*: torch's own error. *random*: another number each time. *smooth only*: right unless a step crosses a kink, then refused.
+
+| construct | torch alone | curvkit | differences | what happens, or what to do |
+|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """Write the table as a page of the documentation.
+
+    Returns:
+        Markdown.
+
+    Example:
+        >>> page().startswith("# What can be differentiated twice")
+        True
+    """
+    return HEAD + "".join(
+        f"| {row.name} | {row.torch} | {row.curvkit} | {row.difference} | {row.remedy} |\n" for row in SUPPORT.values()
+    )
 
 
 def suspects(objective: Objective) -> tuple[Suspect, ...]:

@@ -59,6 +59,11 @@ class Eigenpairs:
     """How many eigenvalues were wanted; fewer are listed if the budget ended before so many were seen."""
     space: ParameterSpace | None = None
 
+    def __repr__(self) -> str:
+        """The values, and whether they have converged; not the vectors."""
+        values = ", ".join(f"{value:.6g}" for value in self.values.tolist())
+        return f"Eigenpairs({self.which}: {values}; {'' if self.all_converged else 'not '}converged, {self.products} products)"
+
     @property
     def intervals(self) -> Tensor:
         """[k, 2]: the lower and upper end of each eigenvalue's interval."""
