@@ -21,7 +21,7 @@ EVALUATING = ("terms", "terms_of", "outputs")
 """In these methods."""
 FACTORIES = PACKAGE / "resolving" / "factories.py"
 """Where the user's function is imported and called."""
-SPEAKERS = re.compile(r"(lanczos|sharpness|trace|GGN|\w*Hessian|CharacterDemo|demo): |(?=seed=)")
+SPEAKERS = re.compile(r"(lanczos|sharpness|trace|cross-check|GGN|\w*Hessian|CharacterDemo|demo): |(?=seed=)")
 """How messages begin that speak of arguments for which the command has flags."""
 FLAGS = {
     "num": "--num",
@@ -51,6 +51,9 @@ PHRASES = {
     "compute in float64": "compute with --dtype float64",
     ", or None for one drawn from the system": "; without the flag one is drawn",
     "out by patterns": "out by --params",
+    "Call model.eval() to cross-check": "Use --mode eval, the default",
+    "Convert first: objective.converted(dtype=torch.float32)": "Use --dtype float32",
+    "leave out the cross-check": "leave out --cross-check",
 }
 """Advice for Python -> advice for the command."""
 EXHAUSTED = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)

@@ -13,6 +13,7 @@ from .options import Output, Target
 from .progress import ProgressLine
 
 if TYPE_CHECKING:
+    from curvkit.measures import CrossCheck
     from curvkit.operators import Plan
     from curvkit.resolving import Resolved
 
@@ -30,6 +31,8 @@ class Result(Protocol):
     def seconds(self) -> float: ...
     @property
     def products(self) -> int: ...
+    @property
+    def cross_check(self) -> CrossCheck | None: ...
 
 
 Measured = TypeVar("Measured")
@@ -120,11 +123,14 @@ def facts(result: Result | None) -> dict[str, Any]:
 
     if result is None:
         return {}
+    check = result.cross_check
+    checked = {} if check is None else {"package": check.package, "seed": check.seed, "products": check.products}
     return {
         "seed": result.seed,
         "plan": results.plain(result.plan),
         "seconds": result.seconds,
         "products": result.products,
+        **({"cross_check": checked} if checked else {}),
     }
 
 

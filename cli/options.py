@@ -94,6 +94,7 @@ class Budget:
     rule: str
     rounding: str
     preflight: bool
+    cross_check: str | None
     seed: int | None
 
 
@@ -110,6 +111,7 @@ class Sampling:
     memory: int | None
     residency: str
     preflight: bool
+    cross_check: str | None
     seed: int | None
 
 
@@ -133,6 +135,11 @@ PREFLIGHT = click.option(
     default=True,
     show_default=True,
     help="Check second derivatives on a few rows before anything long.",
+)
+CROSS_CHECK = click.option(
+    "--cross-check",
+    type=click.Choice(["pyhessian"]),
+    help="Then also measure by this package, and compare; it needs curvkit[pyhessian].",
 )
 RESIDENCY = click.option(
     "--residency",
@@ -220,6 +227,7 @@ def budget(command: Command) -> Command:
             help="How rounding is seen: residuals in float64, or products repeated on perturbed weights; auto takes the cheaper.",
         ),
         PREFLIGHT,
+        CROSS_CHECK,
         click.option("--seed", type=click.IntRange(min=0), help="Of the random start; drawn and recorded if absent."),
     )(command)
 
@@ -259,6 +267,7 @@ def sampling(command: Command) -> Command:
         MEMORY,
         RESIDENCY,
         PREFLIGHT,
+        CROSS_CHECK,
         click.option("--seed", type=click.IntRange(min=0), help="Of every draw; drawn and recorded if absent."),
     )(command)
 

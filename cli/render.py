@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from . import cross_checking
 from .progress import counted, duration, styled
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def remarks(result: Sharpness) -> list[tuple[str, str]]:
         *_data(result),
         ("cost", _cost(result)),
         ("engine", f"{result.plan} · seed {result.seed}"),
+        *cross_checking.remarks(result.cross_check),
     ]
     if result.stage != "complete":
         made.insert(0, ("PARTIAL", _partial(result)))

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from . import cross_checking
 from .progress import counted, duration, styled
 from .render import derivatives, digits, listed, print_remarks, tab_separated
 
@@ -68,6 +69,7 @@ def remarks(result: Trace) -> list[tuple[str, str]]:
         ("method", _method(result)),
         ("cost", f"{counted(result.products, 'product')} · {duration(result.seconds)}"),
         ("engine", f"{result.plan} · seed {result.seed}"),
+        *cross_checking.remarks(result.cross_check),
     ]
     if result.stage != "complete":
         made.insert(0, ("PARTIAL", "interrupted: the interval is that of the probes so far"))

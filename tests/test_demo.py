@@ -84,7 +84,7 @@ def test_a_run_that_is_there_is_not_touched(tmp_path: Path, present: str, capsys
     assert run(["demo", str(tmp_path), "--steps", "2", "--saves", "1"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert f"Error: demo: {file} is already there and is not overwritten. Choose another folder, or remove it." in err
+    assert f"Error: {file} is already there and is not overwritten. Choose another folder, or remove it." in err
     assert file.read_bytes() == b"mine"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_training(tmp_path: Path
     ("arguments", "text"),
     [
         (["--steps", "0"], "Invalid value for '--steps': 0 is not in the range x>=1."),
-        (["--steps", "2", "--saves", "3"], "Error: CharacterDemo: saves=3 must lie between 1 and steps=2."),
+        (["--steps", "2", "--saves", "3"], "Error: --saves 3 must lie between 1 and --steps 2."),
     ],
 )
 def test_counts_on_the_command_line(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import measuring, options, records, render
+from .. import cross_checking, measuring, options, records, render
 from ..failures import say
 from ..interrupts import INTERRUPTED, conclude
 from ..measuring import NOT_CONVERGED
@@ -66,9 +66,12 @@ def sharpness(
         from curvkit.measures import sharpness_steps
 
         resolved = measuring.resolved_objective(target, data.batches, output)
+        cross_checking.refuse(budget.cross_check, resolved.objective, which)
         steps = sharpness_steps(resolved.objective, settings, seed=budget.seed)
         told = partial(_told, settings=settings)
-        latest, interrupted = measuring.followed(steps, "sharpness", told, target=target, output=output)
+        followed = measuring.followed(steps, "sharpness", told, target=target, output=output)
+        outcome = cross_checking.compared(budget.cross_check, resolved.objective, followed, 100 * num, output)
+        latest, interrupted = outcome.latest, outcome.interrupted
     result = {"interrupted": interrupted} if latest is None else {**latest.to_dict(), "interrupted": interrupted}
     record = records.describe(ctx, target, resolved) | measuring.facts(latest)
     document = render.json_document("sharpness", result, record)
@@ -87,6 +90,8 @@ def sharpness(
             "Interrupted." if latest is not None else "Interrupted before the first product: nothing is known yet."
         )
         return INTERRUPTED
+    if outcome.failure is not None:
+        raise outcome.failure
     return _judge(latest, output)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import measuring, options, records, render, render_trace
+from .. import cross_checking, measuring, options, records, render, render_trace
 from ..failures import say
 from ..interrupts import INTERRUPTED, conclude
 from ..measuring import NOT_CONVERGED
@@ -48,9 +48,12 @@ def trace(ctx: click.Context, target: Target, by: str, batches: int | None, samp
         from curvkit.measures import trace_steps
 
         resolved = measuring.resolved_objective(target, batches, output)
+        cross_checking.refuse(sampling.cross_check, resolved.objective)
         steps = trace_steps(resolved.objective, settings, seed=sampling.seed)
         told = partial(_told, most=sampling.max_products)
-        latest, interrupted = measuring.followed(steps, "trace", told, target=target, output=output)
+        followed = measuring.followed(steps, "trace", told, target=target, output=output)
+        outcome = cross_checking.compared(sampling.cross_check, resolved.objective, followed, 100, output)
+        latest, interrupted = outcome.latest, outcome.interrupted
     result = {"interrupted": interrupted} if latest is None else {**latest.to_dict(), "interrupted": interrupted}
     record = records.describe(ctx, target, resolved) | measuring.facts(latest)
     document = render.json_document("trace", result, record)
@@ -69,6 +72,8 @@ def trace(ctx: click.Context, target: Target, by: str, batches: int | None, samp
             "Interrupted." if latest is not None else "Interrupted before the first product: nothing is known yet."
         )
         return INTERRUPTED
+    if outcome.failure is not None:
+        raise outcome.failure
     return _judge(latest, output)
 
 

@@ -1,5 +1,7 @@
 """What people want to know of a minimum."""
 
+from curvkit.measures.cross_check import check_against_pyhessian, refuse_uncheckable
+from curvkit.measures.cross_check_result import CrossCheck
 from curvkit.measures.data_doubt import Halves, Spread
 from curvkit.measures.eigenvalues import SharpnessSettings, sharpness, sharpness_steps
 from curvkit.measures.sharpness_result import Sharpness
@@ -7,6 +9,7 @@ from curvkit.measures.trace_result import Trace, TraceShare
 from curvkit.measures.traces import TraceSettings, trace, trace_steps
 
 __all__ = [
+    "CrossCheck",
     "Halves",
     "Sharpness",
     "SharpnessSettings",
@@ -14,6 +17,8 @@ __all__ = [
     "Trace",
     "TraceSettings",
     "TraceShare",
+    "check_against_pyhessian",
+    "refuse_uncheckable",
     "sharpness",
     "sharpness_steps",
     "trace",

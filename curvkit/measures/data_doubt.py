@@ -15,7 +15,7 @@ from curvkit.linalg.basis import dot
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian
 from curvkit.operators.batchwise import BatchwiseOperator
-from curvkit.operators.plan import rows_are_independent
+from curvkit.operators.independence import rows_are_independent
 
 MAX_PARTS = 8
 """A single batch is cut into this many parts at most."""

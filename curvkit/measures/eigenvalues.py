@@ -22,7 +22,8 @@ from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.sharpness_result import Sharpness
 from curvkit.objectives import Objective
 from curvkit.operators import DifferenceHessian, DoubleHessian, Hessian, PerturbedHessian
-from curvkit.operators.plan import Residency, free_memory
+from curvkit.operators.memory import free_memory
+from curvkit.operators.plan import Residency
 from curvkit.operators.preflight import preflight, refuse_wrong
 from curvkit.results import Eigenpairs
 
@@ -85,7 +86,7 @@ def sharpness_steps(
         InvalidArgument: If a setting does not fit.
         UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout.
         UnknownObjective: If loss and data do not fit.
-        CurvkitError: If loss or products are not finite.
+        CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
     """
     settings, began, seed = settings or SharpnessSettings(), time.perf_counter(), seeds.settle(seed)
     make = OPERATORS[settings.rule]
@@ -113,7 +114,7 @@ def sharpness_steps(
             products=pairs.products,
             unused=operator.unused,
             preflight=found,
-            notes=(*objective.notes, *doubted, *doubts(found)),
+            notes=(*objective.notes, *doubted, *doubts(found), *operator.notes),
         )
         yield result
     del other
@@ -124,6 +125,9 @@ def sharpness_steps(
         try:
             measured = spread(operator, result.eigenpairs.vectors[:, result.leading])
             result = replace(result, spread=measured, stage="spread", products=result.products + (measured is not None))
+            if len(operator.notes) > 0 and operator.notes[-1] not in result.notes:  # memory ran out just now
+                plan = replace(operator.plan, basis_rows=search.max_rows)
+                result = replace(result, plan=plan, notes=(*result.notes, operator.notes[-1]))
             yield replace(result, seconds=time.perf_counter() - began)
             del operator  # and with it the graphs of all the data, before those of a half are made
             for doubted in _with_halves(result, objective, replace(settings, search=search)):
@@ -167,7 +171,7 @@ def sharpness(
         InvalidArgument: If an argument is out of range.
         UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout.
         UnknownObjective: If loss and data do not fit.
-        CurvkitError: If loss or products are not finite.
+        CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
 
     Cost: typically 10 to 20 products of about two gradients each; as much again for the doubt from the data.
 

@@ -16,7 +16,7 @@ from curvkit.losses.batches import inputs_and_targets, map_tensors
 from curvkit.objectives import Objective
 from curvkit.operators import GGN, Hessian
 from curvkit.operators.affine import is_affine_in_each_entry
-from curvkit.operators.plan import rows_are_independent
+from curvkit.operators.independence import rows_are_independent
 
 REASON = "a piecewise linear network: the trace is that of the GGN, a sum of squares over examples and outputs"
 MOST_COLUMNS = 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from curvkit.measures.cross_check_result import CrossCheck
 from curvkit.measures.data_doubt import Halves, Spread
 from curvkit.operators import Plan
 from curvkit.operators.preflight import Preflight
@@ -37,6 +38,8 @@ class Sharpness:
     preflight: Preflight | None = None
     """Whether second derivatives are right, as far as a few rows show; None if it was not asked."""
     notes: tuple[str, ...] = ()
+    cross_check: CrossCheck | None = None
+    """The same by another library; None if that was not asked."""
 
     def __repr__(self) -> str:
         """The value with its interval, and what it belongs to."""
@@ -97,6 +100,7 @@ class Sharpness:
                 "stage": self.stage,
                 "unused_parameters": self.unused,
                 "preflight": None if self.preflight is None else self.preflight.to_dict(),
+                "cross_check": None if self.cross_check is None else self.cross_check.to_dict(),
                 "notes": self.notes,
             }
         )

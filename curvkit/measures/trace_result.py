@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from curvkit.measures.cross_check_result import CrossCheck
 from curvkit.operators import Plan
 from curvkit.operators.preflight import Preflight
 from curvkit.parameters import Entry, ParameterSpace
@@ -63,6 +64,8 @@ class Trace:
     preflight: Preflight | None = None
     """Whether second derivatives are right; None if that was not asked."""
     notes: tuple[str, ...] = ()
+    cross_check: CrossCheck | None = None
+    """The same by another library; None if that was not asked."""
 
     @property
     def value(self) -> float:
@@ -109,6 +112,7 @@ class Trace:
                 "products": self.products,
                 "seconds": self.seconds,
                 "preflight": None if self.preflight is None else self.preflight.to_dict(),
+                "cross_check": None if self.cross_check is None else self.cross_check.to_dict(),
                 "stage": self.stage,
                 "unused_parameters": self.unused,
                 "notes": self.notes,

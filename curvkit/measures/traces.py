@@ -71,7 +71,7 @@ def trace_steps(
         UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout, or its second
             derivatives are wrong.
         UnknownObjective: If loss and data do not fit.
-        CurvkitError: If loss or products are not finite.
+        CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
     """
     settings, began, seed = settings or TraceSettings(), time.perf_counter(), seeds.settle(seed)
     graphs = None if settings.memory_bytes is None else settings.memory_bytes // 2
@@ -98,7 +98,7 @@ def trace_steps(
             products=found.products,
             unused=operator.unused,
             preflight=checked,
-            notes=(*objective.notes, *doubts(checked)),
+            notes=(*objective.notes, *doubts(checked), *operator.notes),
         )
         yield result
     if result is not None:
@@ -135,7 +135,7 @@ def trace(
         UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout, or its second
             derivatives are wrong.
         UnknownObjective: If loss and data do not fit.
-        CurvkitError: If loss or products are not finite.
+        CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
 
     Cost: 30 to a few hundred products of about two gradients each.
     Accuracy: the interval holds the trace for this data with probability 0.95, about; see docs/concepts/trace.md.

@@ -16,8 +16,10 @@ from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import exact_arithmetic
 from curvkit.operators.folding import FoldBatchNorm
 from curvkit.operators.graph import BatchGraph, refuse_not_finite
+from curvkit.operators.memory import release
 from curvkit.operators.plan import Plan, Residency, choose, fitting
 from curvkit.operators.point import Point
+from curvkit.operators.relief import persisting, relieved
 from curvkit.operators.repeatability import REPEATED, differ, refuse_doubtful_loss, refuse_random
 from curvkit.parameters import ParameterSpace
 
@@ -34,6 +36,9 @@ class BatchwiseOperator:
     anew for each product, one batch at a time. The operator belongs to the parameters as they are at its construction; if they
     change, products are refused.
 
+    Where memory runs out, everything is let go and the same product is computed again with less at a time: streamed in place of
+    retained, then with batches cut into twice as many parts, if their rows are independent. `plan` and `notes` say so.
+
     Args:
         objective: The function. A model with half-precision parameters is measured as a float32 copy.
         residency: "retained", "streamed", or "auto" by the memory budget.
@@ -44,7 +49,7 @@ class BatchwiseOperator:
         InvalidArgument: If an option is out of range, or the plan is for another dtype, device, number of threads or kind of product.
         UnsupportedModel: If the objective is random, or the loss differs between two evaluations.
         UnknownObjective: If the loss depends on no parameter.
-        CurvkitError: If the loss is not finite.
+        CurvkitError: If the loss is not finite, or memory does not suffice for the smallest parts.
     """
 
     kind: ClassVar[type[BatchGraph]]
@@ -66,36 +71,24 @@ class BatchwiseOperator:
         if plan is None:
             plan = choose(objective, residency=residency, budget_bytes=budget_bytes, kind=self.kind)
         self.plan: Plan = fitting(plan, objective, kind=self.kind)
-        self._parts, self._owners = objective.cut(self.plan.micro_batches)
+        """The present one; another than at first if memory ran out."""
+        self.notes: tuple[str, ...] = ()
+        """What a reader of the results should know: how the plan was changed."""
+        self._divide()
         self.products = 0
         """Products computed so far, in passes over the data."""
         self._point = Point(objective.model)
         self._retained: list[BatchGraph] | None = None
-        totals, weights, counts, used = [], [], [], [False] * len(self.space.entries)
-        with self._measuring():
-            refuse_doubtful_loss(self.matrix, objective)
-            gradient = torch.zeros(self.n, dtype=self._sum_dtype, device=self.device)
-            graphs = []
-            for graph in self._build():
-                totals.append(graph.total)
-                weights.append(graph.weight)
-                counts.append(graph.count)
-                used = [seen or g is not None for seen, g in zip(used, graph.gradient, strict=True)]
-                self._add(gradient, [None if g is None else g.detach() for g in graph.gradient])
-                if self.plan.residency == "retained":
-                    graphs.append(graph)
+        gradient, weights, counts, used = persisting(self._first_pass, self._relieve)
         if not any(used):
             raise UnknownObjective(
                 f"{self.matrix}: the loss does not depend on any of the parameters. Check that the loss uses the model that it is given "
                 "(not one from an outer scope), and that nothing in it detaches or disables gradients."
             )
-        if self.plan.residency == "retained":
-            self._retained = graphs
-        self._totals = totals
         self.terms = None if None in counts else sum(counts)
         """Number of loss terms in all, or None where the loss does not say."""
         self._denominator = objective.denominator(weights)
-        self.loss = math.fsum(totals) / self._denominator
+        self.loss = math.fsum(total for total in self._totals if total is not None) / self._denominator
         """L itself."""
         self.gradient = gradient.div_(self._denominator).to(self.dtype)
         """[n], the gradient of L, a by-product."""
@@ -135,18 +128,13 @@ class BatchwiseOperator:
 
         Raises:
             InvalidArgument: If `V` does not fit, or the parameters have changed.
+            CurvkitError: If memory does not suffice for the smallest parts.
 
         Cost: k products at most.
         """
         self._check(V)
-        pieces, multiply = [list(self.space.split(v)) for v in V.unbind(1)], self.kind.product
-        if self._retained is not None and len(self._retained) < MANY_BATCHES:
-            # No forward pass, unless activation checkpointing repeats one: nothing else could be disturbed.
-            with exact_arithmetic(self.objective.model), FoldBatchNorm(self.objective.model):
-                rows = [self._mean(multiply(self._retained, v, keep=True)) for v in pieces]
-        else:
-            with self._measuring():
-                rows = [row.div_(self._denominator).to(self.dtype) for row in self._summed(pieces)]
+        pieces = [list(self.space.split(v)) for v in V.unbind(1)]
+        rows = persisting(lambda: self._multiplied(pieces), self._relieve)
         self.products += V.shape[1]
         if not rows:
             return torch.zeros_like(V)
@@ -169,13 +157,7 @@ class BatchwiseOperator:
         """
         self._check(v[:, None])
         pieces, is_sum = list(self.space.split(v)), self.objective.loss.reduction == "sum"
-        sums, weights = [0.0] * len(self.objective.batches), [0.0] * len(self.objective.batches)
-        with self._measuring():
-            for owner, graph in zip(self._owners, self._graphs(), strict=True):
-                row = torch.zeros(self.n, dtype=self.dtype, device=self.device)
-                self._add(row, self.kind.product([graph], pieces, keep=self._retained is not None))
-                sums[owner] += dot(row, v)
-                weights[owner] += graph.weight
+        sums, weights = persisting(lambda: self._quadratic_forms(pieces, v), self._relieve)
         self.products += 1
         if is_sum:
             return sums, [1.0] * len(sums)
@@ -206,6 +188,38 @@ class BatchwiseOperator:
     def _sum_dtype(self) -> torch.dtype:
         return torch.float64 if len(self._parts.batches) >= MANY_BATCHES else self.dtype
 
+    def _divide(self) -> None:
+        """Cut the data as the plan says; what each part's loss is remains to be seen."""
+        self._parts, self._owners = self.objective.cut(self.plan.micro_batches)
+        self._totals: list[float | None] = [None] * len(self._owners)
+
+    def _relieve(self, said: str) -> None:
+        """Let all graphs go, and plan for less memory at a time."""
+        self._retained = None
+        release(self.device)
+        parts = self.plan.micro_batches
+        self.plan = relieved(self.plan, self.objective, said, kind=self.kind)
+        self.notes = (*self.notes, self.plan.reason)
+        if self.plan.micro_batches != parts:
+            self._divide()
+
+    def _first_pass(self) -> tuple[Tensor, list[float], list[int | None], list[bool]]:
+        """Sum of the gradients, weights and counts of all parts, and which parameters are used; graphs are kept if that is the plan."""
+        graphs, weights, counts, used = [], [], [], [False] * len(self.space.entries)
+        with self._measuring():
+            refuse_doubtful_loss(self.matrix, self._parts)
+            gradient = torch.zeros(self.n, dtype=self._sum_dtype, device=self.device)
+            for graph in self._graphs():
+                weights.append(graph.weight)
+                counts.append(graph.count)
+                used = [seen or g is not None for seen, g in zip(used, graph.gradient, strict=True)]
+                self._add(gradient, [None if g is None else g.detach() for g in graph.gradient])
+                if self.plan.residency == "retained":
+                    graphs.append(graph)
+        if self.plan.residency == "retained":
+            self._retained = graphs
+        return gradient, weights, counts, used
+
     def _build(self) -> Iterator[BatchGraph]:
         for index, owner in enumerate(self._owners):
             yield self.kind.build(self._parts, index, number=owner)
@@ -215,8 +229,11 @@ class BatchwiseOperator:
         if self._retained is not None:
             yield from self._retained
             return
-        for graph, total, owner in zip(self._build(), self._totals, self._owners, strict=True):
-            if differ(graph.total, total, REPEATED * torch.finfo(self.dtype).eps):
+        for index, (graph, owner) in enumerate(zip(self._build(), self._owners, strict=True)):
+            total = self._totals[index]
+            if total is None:
+                self._totals[index] = graph.total
+            elif differ(graph.total, total, REPEATED * torch.finfo(self.dtype).eps):
                 refuse_random(self.matrix, owner)
             yield graph
 
@@ -224,6 +241,26 @@ class BatchwiseOperator:
     def _measuring(self) -> Generator[None]:
         with self.objective.measuring(), FoldBatchNorm(self.objective.model):
             yield
+
+    def _multiplied(self, pieces: list[list[Tensor]]) -> list[Tensor]:
+        """Products with vectors, given parameter-shaped."""
+        if self._retained is not None and len(self._retained) < MANY_BATCHES:
+            # No forward pass, unless activation checkpointing repeats one: nothing else could be disturbed.
+            with exact_arithmetic(self.objective.model), FoldBatchNorm(self.objective.model):
+                return [self._mean(self.kind.product(self._retained, v, keep=True)) for v in pieces]
+        with self._measuring():
+            return [row.div_(self._denominator).to(self.dtype) for row in self._summed(pieces)]
+
+    def _quadratic_forms(self, pieces: list[Tensor], v: Tensor) -> tuple[list[float], list[float]]:
+        """v'(W_b A_b)v and W_b of each batch."""
+        sums, weights = [0.0] * len(self.objective.batches), [0.0] * len(self.objective.batches)
+        with self._measuring():
+            for owner, graph in zip(self._owners, self._graphs(), strict=True):
+                row = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+                self._add(row, self.kind.product([graph], pieces, keep=self._retained is not None))
+                sums[owner] += dot(row, v)
+                weights[owner] += graph.weight
+        return sums, weights
 
     def _summed(self, pieces: list[list[Tensor]]) -> list[Tensor]:
         """Products batch by batch: a streamed graph is used for all vectors and freed."""

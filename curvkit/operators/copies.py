@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from curvkit.operators.batchwise import BatchwiseOperator
 from curvkit.operators.folding import FoldBatchNorm
 from curvkit.operators.ggn import GGN
 from curvkit.operators.hessian import Hessian
-from curvkit.operators.plan import rows_are_independent
+from curvkit.operators.independence import rows_are_independent
+from curvkit.operators.memory import release
+from curvkit.operators.relief import persisting, relieved
 from curvkit.parameters import ParameterSpace
 
 
@@ -28,7 +31,7 @@ class _CopiedOperator:
     def __init__(self, operator: BatchwiseOperator, cuts: int) -> None:
         self.space: ParameterSpace = operator.space
         self.n, self.device = operator.n, operator.device
-        self._operator = operator
+        self._operator, self._cuts = operator, cuts
         self._parts, self._owners = operator.objective.cut(cuts)
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -56,6 +59,7 @@ class _CopiedOperator:
 
         Raises:
             InvalidArgument: If `V` does not fit, or the parameters have changed.
+            CurvkitError: If memory does not suffice for the smallest parts.
         """
         self._operator.refuse_moved()
         if V.shape != (self.n, V.shape[-1]) or V.dtype != self.dtype or V.device != self.device:
@@ -64,7 +68,10 @@ class _CopiedOperator:
                 f"[{self.n}, k], {self.dtype} on {self.device}. Convert them with .to(operator.device, operator.dtype)."
             )
         pieces = [list(self.space.split(v)) for v in V.unbind(1)]
-        rows = torch.zeros(V.shape[1], self.n, dtype=self.dtype, device=self.device)
+        return persisting(lambda: self._multiplied(pieces), self._relieve)
+
+    def _multiplied(self, pieces: list[list[Tensor]]) -> Tensor:
+        rows = torch.zeros(len(pieces), self.n, dtype=self.dtype, device=self.device)
         targets, weights = [list(self.space.split(row)) for row in rows], []
         for index, owner in enumerate(self._owners):
             part = self._part(index)
@@ -79,6 +86,14 @@ class _CopiedOperator:
                             row += piece
         return rows.div_(self._parts.denominator(weights)).T
 
+    def _relieve(self, said: str) -> None:
+        """Cut the batches further."""
+        release(self.device)
+        operator = self._operator
+        plan = replace(operator.plan, residency="streamed", micro_batches=self._cuts)
+        self._cuts = relieved(plan, operator.objective, said, kind=operator.kind).micro_batches
+        self._parts, self._owners = operator.objective.cut(self._cuts)
+
     def _part(self, index: int) -> Objective:
         """The copy on one batch."""
         raise NotImplementedError
@@ -91,14 +106,18 @@ class _DoubleOperator(_CopiedOperator):
 
     def __init__(self, operator: BatchwiseOperator) -> None:
         super().__init__(operator, _cuts(operator))
-        first = self._parts.with_batches(self._parts.batches[:1])
         try:
-            self._double = first.converted(dtype=torch.float64)
-            with self._double.measuring(), torch.no_grad():
-                self._double.terms(0)
+            self._double = persisting(self._run, self._relieve)
         except (CurvkitError, RuntimeError, TypeError) as error:
             reason = str(error).partition("\n")[0]
             raise UnsupportedModel(f"the model or the loss does not run in float64 ({reason})") from error
+
+    def _run(self) -> Objective:
+        """The first part in float64, tried once."""
+        double = self._parts.with_batches(self._parts.batches[:1]).converted(dtype=torch.float64)
+        with double.measuring(), torch.no_grad():
+            double.terms(0)
+        return double
 
     def _part(self, index: int) -> Objective:
         return self._double.with_batches([cast(self._parts.batches[index], dtype=torch.float64)])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from curvkit.errors import CurvkitError, UnsupportedModel
+from curvkit.errors import CurvkitError, UnsupportedModel, ran_out_of_memory
 from curvkit.linalg.basis import norm
 from curvkit.objectives import Objective
 from curvkit.operators.batchwise import BatchwiseOperator
@@ -37,6 +37,7 @@ class DifferenceGraph(BatchGraph):
 
     matrix: ClassVar[str] = "Hessian"
     rule: ClassVar[str] = "differences of gradients"
+    rounding: ClassVar[float] = 1e7
 
     at: Objective
     """On this batch alone."""
@@ -158,8 +159,7 @@ class DifferenceHessian(BatchwiseOperator):
             )
         try:
             double = objective.converted(dtype=torch.float64)
-            with double.measuring(), torch.no_grad():
-                double.terms(0)
+            _run_once(double)
         except (CurvkitError, RuntimeError, TypeError) as error:
             reason = str(error).partition("\n")[0]
             raise UnsupportedModel(
@@ -178,6 +178,16 @@ class DifferenceHessian(BatchwiseOperator):
     def _build(self) -> Iterator[BatchGraph]:
         for graph in super()._build():
             yield replace(graph, moving=self._moving, errors=self._errors)  # type: ignore[type-var]
+
+
+def _run_once(objective: Objective) -> None:
+    """Evaluate the first batch; a lack of memory is met later, by cutting batches."""
+    try:
+        with objective.measuring(), torch.no_grad():
+            objective.terms(0)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
 
 
 def _refuse_kinks(difference: float, size: float) -> None:

@@ -25,6 +25,8 @@ class BatchGraph(ABC):
     """The name of the matrix."""
     rule: ClassVar[str]
     """How its products are differentiated."""
+    rounding: ClassVar[float] = 1e4
+    """A product of the sum of two parts may differ by so many eps, relatively: it may be much smaller than the norm of the matrix."""
 
     parameters: tuple[Tensor, ...]
     gradient: tuple[Tensor | None, ...]

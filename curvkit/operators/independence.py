@@ -13,12 +13,9 @@ from curvkit.linalg.basis import norm
 from curvkit.losses.batches import Batch, map_tensors, rows
 from curvkit.objectives import Objective
 from curvkit.operators.graph import BatchGraph, GradientGraph
-from curvkit.operators.memory import release
 
 VALUE_ROUNDING = 64.0
 """A sum of losses in two parts may differ by so many eps, relatively."""
-CURVATURE_ROUNDING = 1e4
-"""The same for a product with a random vector, which may be much smaller than ||H||."""
 FEW = (4, 2)
 """So many rows are compared in their curvature; two where memory does not suffice for four."""
 
@@ -51,11 +48,10 @@ def rows_are_independent(
     for size in FEW:
         few = objective.with_batches([map_tensors(lambda tensor, size=size: tensor[:size], batches[0])])
         try:
-            return _curvature_differs(few, few.cut(2)[0], kind) <= CURVATURE_ROUNDING * eps
+            return _curvature_differs(few, few.cut(2)[0], kind) <= kind.rounding * eps
         except (CurvkitError, RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):  # from the model on so few rows, or for lack of a second derivative
                 return False
-        release(objective.device)
     return False
 
 
@@ -70,7 +66,6 @@ def _adds_up(whole: Objective, tolerance: float) -> bool:
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise
-    release(whole.device)
     return len(halves.batches) > 1 and all(_adds_up(whole.with_batches([half]), tolerance) for half in halves.batches)
 
 
