@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 import curvkit
-from curvkit.errors import CurvkitError
+from curvkit.errors import CurvkitError, ran_out_of_memory
 
 PACKAGE = Path(curvkit.__file__).resolve().parent
 OWN = (PACKAGE, Path(__file__).resolve().parent)
@@ -56,8 +56,6 @@ PHRASES = {
     "leave out the cross-check": "leave out --cross-check",
 }
 """Advice for Python -> advice for the command."""
-EXHAUSTED = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-"""How torch says that memory ran out, on any device."""
 
 
 def say(text: str) -> None:
@@ -77,7 +75,7 @@ def show(error: Exception) -> None:
     if isinstance(cause, OSError) and not frames and cause.strerror:
         say(f"Error: {cause.filename or 'output'}: {cause.strerror.lower()}.")
         return
-    if isinstance(cause, MemoryError) or EXHAUSTED.search(str(cause)):
+    if ran_out_of_memory(cause):
         say(f"Error: out of memory ({str(cause).strip().partition(chr(10))[0][:200] or type(cause).__name__}).")
         say("Try --residency streamed, a smaller --memory, fewer --batches, or smaller batches.")
         return

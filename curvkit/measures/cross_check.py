@@ -118,7 +118,7 @@ def _of_eigenvalues(theirs: Theirs, result: Sharpness, seed: int) -> CrossCheck:
         not differs and beyond <= top + rounding
     ):  # a Rayleigh quotient above the largest eigenvalue has no innocent reason
         reasons += [MAGNITUDE] if largest and min(values) < 0.0 else []
-        reasons += [STOPPING] if not reasons or max(values) < intervals[0][0] else []
+        reasons += [STOPPING] if not reasons or 0.0 <= max(values) < intervals[0][0] else []
     return CrossCheck(
         quantity="eigenvalues",
         package=_name(),
@@ -145,8 +145,9 @@ def _of_trace(theirs: Theirs, result: Trace, seed: int) -> CrossCheck:
     here, doubt, number = mean, stderr, probes
     if theirs.shares.differs:
         theirs.as_here = True
-        torch.manual_seed(seed)
-        here, doubt, number = _sampled(theirs)
+        with random_state():
+            torch.manual_seed(seed)
+            here, doubt, number = _sampled(theirs)
     rounding = EPSILONS * torch.finfo(theirs.objective.dtype).eps * abs(ours.value)
     allowed = ours.half_width + 2 * (math.inf if number < 2 else student.half_width(doubt, number)) + rounding
     confirmed = abs(here - ours.value) <= allowed

@@ -83,7 +83,7 @@ def _refuse_forms(objective: Objective, which: str) -> None:
             f"Use 'magnitude' or 'largest', {LEAVE_OUT}."
         )
     if objective.parameters.excluded:
-        names = objective.parameters.excluded
+        names = list(objective.parameters.excluded)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise InvalidArgument(
             f"cross-check: PyHessian measures all parameters that require a gradient, but {names[0]}{more} were left out by patterns. "

@@ -20,9 +20,9 @@ from curvkit.linalg.krylov import Which
 from curvkit.measures.data_doubt import halves, spread
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.sharpness_result import Sharpness
+from curvkit.measures.vectors import refuse_small_memory, rows_that_fit
 from curvkit.objectives import Objective
 from curvkit.operators import DifferenceHessian, DoubleHessian, Hessian, PerturbedHessian
-from curvkit.operators.memory import free_memory
 from curvkit.operators.plan import Residency
 from curvkit.operators.preflight import preflight, refuse_wrong
 from curvkit.results import Eigenpairs
@@ -31,8 +31,6 @@ Rule = Literal["reverse", "difference"]
 OPERATORS: dict[str, type[Hessian | DifferenceHessian]] = {"reverse": Hessian, "difference": DifferenceHessian}
 Rounding = Literal["auto", "float64", "perturbation"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-BASIS_FRACTION = 0.25
-"""Share of the free memory that the Lanczos basis may take by default."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,11 @@ def sharpness_steps(
         CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
     """
     settings, began, seed = settings or SharpnessSettings(), time.perf_counter(), seeds.settle(seed)
+    refuse_small_memory("sharpness", objective, settings.memory_bytes)
     make = OPERATORS[settings.rule]
     operator = make(objective, residency=settings.residency, budget_bytes=_graph_budget(settings))
-    search = replace(settings.search, max_rows=_rows(operator, settings))
+    rows = rows_that_fit(operator.objective, settings.memory_bytes, settings.search.max_rows)
+    search = replace(settings.search, max_rows=rows)
     start = operator.gradient if search.which != "smallest" else None
     found = preflight(objective) if settings.preflight and settings.rule == "reverse" else None
     if found is not None:
@@ -258,13 +258,3 @@ def _is_our_fault(error: Exception) -> bool:
 
 def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _rows(operator: Hessian | DifferenceHessian, settings: SharpnessSettings) -> int:
-    budget = (
-        settings.memory_bytes // 2
-        if settings.memory_bytes is not None
-        else int(BASIS_FRACTION * free_memory(operator.device))
-    )
-    rows = budget // (operator.n * operator.dtype.itemsize)
-    return rows if settings.search.max_rows is None else min(rows, settings.search.max_rows)

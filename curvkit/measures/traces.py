@@ -20,14 +20,13 @@ from curvkit.losses.batches import inputs_and_targets
 from curvkit.measures import piecewise_linear
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.trace_result import Trace, shares
+from curvkit.measures.vectors import refuse_small_memory, rows_that_fit
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian
-from curvkit.operators.plan import Residency, free_memory
+from curvkit.operators.plan import Residency
 from curvkit.operators.preflight import preflight, refuse_wrong
 from curvkit.results import TraceEstimate, TraceParts
 
-VECTORS_FRACTION = 0.25
-"""Share of the free memory that vectors of the search may take by default."""
 TOGETHER = 4
 """Probes per product where graphs are streamed, which then are built once for all of them."""
 
@@ -74,6 +73,7 @@ def trace_steps(
         CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
     """
     settings, began, seed = settings or TraceSettings(), time.perf_counter(), seeds.settle(seed)
+    refuse_small_memory("trace", objective, settings.memory_bytes)
     graphs = None if settings.memory_bytes is None else settings.memory_bytes // 2
     operator = Hessian(objective, residency=settings.residency, budget_bytes=graphs)
     search = _fitted(settings, operator)
@@ -221,9 +221,7 @@ def _estimates(
 
 def _fitted(settings: TraceSettings, operator: Hessian) -> linalg_trace.Settings:
     """The search within the memory, with several probes at once where graphs are streamed."""
-    search, own = settings.search, settings.memory_bytes
-    budget = own // 2 if own is not None else int(VECTORS_FRACTION * free_memory(operator.device))
-    rows = budget // (operator.n * operator.dtype.itemsize)
-    rows = rows if search.max_rows is None else min(rows, search.max_rows)
+    search = settings.search
+    rows = rows_that_fit(operator.objective, settings.memory_bytes, search.max_rows)
     together = TOGETHER if operator.plan.residency == "streamed" and search.block_size == 1 else search.block_size
     return replace(search, max_rows=rows, block_size=max(1, min(together, (rows - 2) // 2)))

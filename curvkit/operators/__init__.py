@@ -2,6 +2,7 @@
 
 from curvkit.operators.copies import DoubleGGN, DoubleHessian, PerturbedHessian
 from curvkit.operators.difference import DifferenceHessian
+from curvkit.operators.forecast import Forecast
 from curvkit.operators.ggn import GGN
 from curvkit.operators.hessian import Hessian
 from curvkit.operators.plan import Plan
@@ -14,6 +15,7 @@ __all__ = [
     "DifferenceHessian",
     "DoubleGGN",
     "DoubleHessian",
+    "Forecast",
     "Hessian",
     "PerturbedHessian",
     "Plan",

@@ -85,7 +85,8 @@ class BatchwiseOperator:
                 f"{self.matrix}: the loss does not depend on any of the parameters. Check that the loss uses the model that it is given "
                 "(not one from an outer scope), and that nothing in it detaches or disables gradients."
             )
-        self.terms = None if None in counts else sum(counts)
+        known = [count for count in counts if count is not None]
+        self.terms = sum(known) if len(known) == len(counts) else None
         """Number of loss terms in all, or None where the loss does not say."""
         self._denominator = objective.denominator(weights)
         self.loss = math.fsum(total for total in self._totals if total is not None) / self._denominator

@@ -37,6 +37,7 @@ class DifferenceGraph(BatchGraph):
 
     matrix: ClassVar[str] = "Hessian"
     rule: ClassVar[str] = "differences of gradients"
+    gradients_per_product: ClassVar[tuple[float, float]] = (4.0, 4.0)
     rounding: ClassVar[float] = 1e7
 
     at: Objective

@@ -25,6 +25,8 @@ class BatchGraph(ABC):
     """The name of the matrix."""
     rule: ClassVar[str]
     """How its products are differentiated."""
+    gradients_per_product: ClassVar[tuple[float, float]]
+    """What a product costs, about, in gradients over the same data: retained, and streamed."""
     rounding: ClassVar[float] = 1e4
     """A product of the sum of two parts may differ by so many eps, relatively: it may be much smaller than the norm of the matrix."""
 
@@ -52,6 +54,7 @@ class GradientGraph(BatchGraph):
 
     matrix: ClassVar[str] = "Hessian"
     rule: ClassVar[str] = "reverse over reverse"
+    gradients_per_product: ClassVar[tuple[float, float]] = (2.0, 3.3)
 
     @classmethod
     def build(cls, objective: Objective, index: int, *, number: int | None = None) -> Self:

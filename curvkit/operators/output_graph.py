@@ -38,6 +38,7 @@ class OutputGraph(BatchGraph):
 
     matrix: ClassVar[str] = "GGN"
     rule: ClassVar[str] = "double reverse, then reverse"
+    gradients_per_product: ClassVar[tuple[float, float]] = (1.2, 2.4)
 
     linearization: Linearization | None
     """None if the batch's total does not depend on the parameters."""

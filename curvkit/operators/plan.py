@@ -102,10 +102,10 @@ def choose(
         )
     budget = budget_bytes if budget_bytes is not None else int(BUDGET_FRACTION * free)
     divisible = rows_are_independent(objective, objective.batches[:1], kind=kind)
-    probe, second, first = _probed(objective, divisible, kind)
-    scale = 1 / _share(probe.batches[0], objective.batches[0])
-    largest = max(_share(batch, objective.batches[0]) for batch in objective.batches) * scale
-    held = int(second * scale * sum(_share(batch, objective.batches[0]) for batch in objective.batches))
+    probe, second, first = first_rows(objective, divisible=divisible, kind=kind)
+    scale = 1 / relative_size(probe.batches[0], objective.batches[0])
+    largest = max(relative_size(batch, objective.batches[0]) for batch in objective.batches) * scale
+    held = int(second * scale * sum(relative_size(batch, objective.batches[0]) for batch in objective.batches))
     need = held + int(second * largest) + vectors
     if residency != "auto":
         chosen, reason = residency, "as asked"
@@ -197,8 +197,24 @@ def saved_bytes(objective: Objective, *, gradient: bool, kind: type[BatchGraph] 
     return sum(seen.values())
 
 
-def _probed(objective: Objective, divisible: bool, kind: type[BatchGraph]) -> tuple[Objective, int, int]:
-    """The first rows, what the graph of their products saves, and what their forward pass does; fewer rows if memory runs out."""
+def first_rows(
+    objective: Objective, *, divisible: bool, kind: type[BatchGraph] = GradientGraph
+) -> tuple[Objective, int, int]:
+    """The part of the first batch on which memory is measured: one row in eight, fewer if memory runs out.
+
+    Args:
+        objective: What will be differentiated.
+        divisible: Whether batches may be cut; if not, the first one is taken whole.
+        kind: Of the graph.
+
+    Returns:
+        An objective that begins with these rows, and the bytes that the graph of their products saves, and their forward pass alone.
+
+    Raises:
+        CurvkitError: If memory does not suffice for one row, or for a batch that must not be cut.
+        RuntimeError: What the model raises, where it is no matter of memory.
+        MemoryError: Never: it is one.
+    """
     share = PROBE_SHARE
     while True:
         probe = objective.cut(share)[0] if divisible else objective
@@ -226,8 +242,16 @@ def _surroundings(objective: Objective) -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "dtype": dtype, "device": device}
 
 
-def _share(this: Batch, reference: Batch) -> float:
-    """Size of a batch relative to another: by rows, or by elements where rows are not defined."""
+def relative_size(this: Batch, reference: Batch) -> float:
+    """Size of a batch relative to another: by rows, or by elements where rows are not defined.
+
+    Args:
+        this: A batch.
+        reference: Another.
+
+    Returns:
+        1.0 for batches of the same size.
+    """
     a, b = rows(reference), rows(this)
     if a and b:
         return b / a

@@ -1,0 +1,113 @@
+"""What a measurement will take: plan, bytes and seconds, before anything long is run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from curvkit.linalg import trace as linalg_trace
+from curvkit.measures.eigenvalues import OPERATORS, SharpnessSettings
+from curvkit.measures.traces import TraceSettings
+from curvkit.measures.vectors import refuse_small_memory, rows_that_fit
+from curvkit.objectives import Objective
+from curvkit.operators.forecast import Forecast, forecast
+from curvkit.operators.graph import BatchGraph, GradientGraph
+from curvkit.operators.plan import Plan, choose
+
+FIRST_EIGENVALUE, EACH_FURTHER = 15, 10
+"""Products that a search by Lanczos typically takes."""
+PROBES = 100
+"""Products that a trace to 5 % typically takes where it is sampled."""
+
+
+def forecast_sharpness(objective: Objective, settings: SharpnessSettings | None = None) -> Forecast:
+    """Plan `sharpness` without measuring.
+
+    Args:
+        objective: The function.
+        settings: As for `sharpness_steps`; None takes the defaults.
+
+    Returns:
+        The plan with bytes and seconds, both estimated; 15 products for one eigenvalue, 10 for each further one, and as many again for
+        the doubt from data.
+
+    Raises:
+        InvalidArgument: If a setting does not fit.
+        UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout.
+        UnknownObjective: If loss and data do not fit.
+        CurvkitError: If memory does not suffice for one product.
+
+    Cost: that of `curvkit.operators.plan.choose`, and two gradients of a few rows.
+
+    Example:
+        >>> import torch, torch.nn.functional as F
+        >>> data = [(torch.rand(64, 4), torch.randint(3, (64,)))]
+        >>> found = forecast_sharpness(Objective(torch.nn.Linear(4, 3), F.cross_entropy, data))
+        >>> found.plan.residency, found.products
+        ('retained', 31)
+    """
+    settings = settings or SharpnessSettings()
+    refuse_small_memory("sharpness", objective, settings.memory_bytes)
+    difference, search = settings.rule == "difference", settings.search
+    objective = objective.converted(dtype=torch.float64) if difference else objective.raised()
+    kind = OPERATORS[settings.rule].kind
+    plan = choose(
+        objective,
+        residency="streamed" if difference else settings.residency,
+        budget_bytes=None if settings.memory_bytes is None else settings.memory_bytes // 2,
+        kind=kind,
+    )
+    products = min(FIRST_EIGENVALUE + EACH_FURTHER * (search.num - 1), search.max_products, objective.parameters.n + 1)
+    total = 2 * products + 1 if settings.data_doubt and search.which != "smallest" else products
+    rows = rows_that_fit(objective, settings.memory_bytes, search.max_rows)
+    return _forecast(objective, replace(plan, basis_rows=rows), products=total, held=products, kind=kind)
+
+
+def forecast_trace(objective: Objective, settings: TraceSettings | None = None) -> Forecast:
+    """Plan `trace` without measuring.
+
+    Args:
+        objective: The function.
+        settings: As for `trace_steps`; None takes the defaults.
+
+    Returns:
+        The plan with bytes and seconds, both estimated; n products where all of the diagonal is computed, else 100. A network whose
+        structure gives the trace exactly takes less.
+
+    Raises:
+        InvalidArgument: If a setting does not fit.
+        UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout.
+        UnknownObjective: If loss and data do not fit.
+        CurvkitError: If memory does not suffice for one product.
+
+    Cost: that of `curvkit.operators.plan.choose`, and two gradients of a few rows.
+
+    Example:
+        >>> import torch, torch.nn.functional as F
+        >>> data = [(torch.rand(64, 4), torch.randint(3, (64,)))]
+        >>> found = forecast_trace(Objective(torch.nn.Linear(4, 3), F.cross_entropy, data))
+        >>> found.plan.residency, found.products   # 15 parameters
+        ('retained', 15)
+    """
+    settings = settings or TraceSettings()
+    refuse_small_memory("trace", objective, settings.memory_bytes)
+    objective, search = objective.raised(), settings.search
+    n, memory = objective.parameters.n, settings.memory_bytes
+    plan = choose(
+        objective,
+        residency=settings.residency,
+        budget_bytes=None if memory is None else memory // 2,
+        kind=GradientGraph,
+    )
+    exact = search.method == "exact" or (search.method == "auto" and n <= linalg_trace.SMALL)
+    products = min(n, search.max_products) if exact else min(PROBES, search.max_products)
+    rows = rows_that_fit(objective, memory, search.max_rows)
+    held = linalg_trace.CHUNK if exact else products
+    return _forecast(objective, replace(plan, basis_rows=rows), products=products, held=held, kind=GradientGraph)
+
+
+def _forecast(objective: Objective, plan: Plan, *, products: int, held: int, kind: type[BatchGraph]) -> Forecast:
+    """A search holds a vector per product, and no more than it may."""
+    rows = held if plan.basis_rows is None else min(held, plan.basis_rows)
+    return forecast(objective, plan, products=products, basis_rows=rows, kind=kind)
