@@ -2,8 +2,8 @@
 
     python benchmarks/large.py [--seconds 900]
 
-Random weights, 2 sequences of 128 tokens of CPython's documentation, float32. The peak is that of the process (VmHWM), the model and the imports
-included; the aim is to stay within 24 GiB.
+Random weights, 2 sequences of 128 tokens of CPython's documentation, float32. The peak is that of the process (VmHWM), the model and
+the imports included; the aim is to stay within 24 GiB.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ ASSIGNMENT = re.compile(r"\b(\w+)=('[^']*')?")
 PHRASES = {
     "the memory budget": "the memory budget (--memory)",
     "Raise the budget, or ask for fewer eigenvalues": "Raise --memory, or ask for fewer eigenvalues by --num",
+    "Raise the budget, or leave": "Raise --memory, or leave",
     "Ask for fewer eigenvalues": "Ask for fewer eigenvalues by --num",
     "the order of the matrix": "the number of parameters",
     "compute in float64": "compute with --dtype float64",

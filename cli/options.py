@@ -95,6 +95,7 @@ class Budget:
     rounding: str
     preflight: bool
     cross_check: str | None
+    plan: bool
     seed: int | None
 
 
@@ -112,6 +113,7 @@ class Sampling:
     residency: str
     preflight: bool
     cross_check: str | None
+    plan: bool
     seed: int | None
 
 
@@ -140,6 +142,9 @@ CROSS_CHECK = click.option(
     "--cross-check",
     type=click.Choice(["pyhessian"]),
     help="Then also measure by this package, and compare; it needs curvkit[pyhessian].",
+)
+PLAN = click.option(
+    "--plan", is_flag=True, help="Only say how it would be measured, with estimates of memory and time, and stop."
 )
 RESIDENCY = click.option(
     "--residency",
@@ -228,6 +233,7 @@ def budget(command: Command) -> Command:
         ),
         PREFLIGHT,
         CROSS_CHECK,
+        PLAN,
         click.option("--seed", type=click.IntRange(min=0), help="Of the random start; drawn and recorded if absent."),
     )(command)
 
@@ -268,6 +274,7 @@ def sampling(command: Command) -> Command:
         RESIDENCY,
         PREFLIGHT,
         CROSS_CHECK,
+        PLAN,
         click.option("--seed", type=click.IntRange(min=0), help="Of every draw; drawn and recorded if absent."),
     )(command)
 

@@ -375,3 +375,22 @@ def test_a_start_has_a_random_half():
         assert torch.allclose(2 * rows[0] - u, s / torch.linalg.vector_norm(s), atol=1e-15)
     rows, _ = start_block(s, 1, RandomVectors(diagonal(torch.ones(40)), 0))
     assert rows[0].dtype is torch.float32
+
+
+def test_inner_products_of_long_vectors_keep_their_digits():
+    """float64: a float32 matrix-vector product over 4 million numbers of one sign is off by hundreds of eps, which cost orthogonality."""
+    n = 4_000_000
+    rows = torch.rand(2, n, generator=torch.Generator().manual_seed(0))
+    rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    basis = Basis(n, torch.float32, torch.device("cpu"), capacity=4)
+    for row in rows:
+        basis.append(row)
+    w = rows[0] + 0.1 * rows[1]
+    truth = rows.double() @ w.double()
+    eps = torch.finfo(torch.float32).eps
+    assert (basis.coefficients(w) - truth).abs().max() <= 4 * eps
+    left = torch.rand(n, generator=torch.Generator().manual_seed(1))
+    alone = Basis(n, torch.float32, torch.device("cpu"), capacity=2)
+    alone.append(rows[0])
+    alone.orthogonalize(left)
+    assert abs(torch.dot(left.double(), rows[0].double()).item()) <= 4 * eps * torch.linalg.vector_norm(left).item()

@@ -93,3 +93,37 @@ def test_basis_stays_within_its_budget():
     )
     peak, budget = _measured(script)
     assert peak <= budget + (12 << 20)  # the product of the map, 4 MB, and the allocator's slack
+
+
+HEAD = """
+from curvkit.losses import BatchLoss, chunked_token_cross_entropy
+vocabulary, width = 16384, 32
+class Body(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = torch.nn.Embedding(vocabulary, width), torch.nn.Linear(width, width)
+        self.head = torch.nn.Linear(width, vocabulary, bias=False)
+    def hidden(self, x):
+        return torch.tanh(self.mix(self.embed(x)))
+    def forward(self, x):
+        return self.head(self.hidden(x))
+model = Body()
+x, y = torch.randint(vocabulary, (4, 512)), torch.randint(vocabulary, (4, 512))
+def chunked(model, batch):
+    return chunked_token_cross_entropy(model.hidden(batch[0]), model.head.weight, batch[1], chunk=64)
+def product(loss):
+    H = Hessian(Objective(model, loss, [(x, y)]), residency="retained")
+    return H.matvec(torch.ones(H.n))
+with torch.no_grad():
+    product_of_few = Hessian(Objective(model, BatchLoss(chunked), [(x[:1, :8], y[:1, :8])])).matvec(torch.ones(1049632))
+"""
+
+
+def test_a_loss_in_chunks_takes_the_memory_of_a_chunk():
+    """Law: plain logits are 128 MiB and second derivatives keep several of them; chunks of 64 tokens are 4 MiB."""
+    (plain,) = _measured(HEAD + "print(growth(lambda: product(token_cross_entropy)))")
+    (chunked,) = _measured(HEAD + "print(growth(lambda: product(BatchLoss(chunked))))")
+    assert plain > 4 * (128 << 20)
+    # about 6 chunks of logits, and some twenty times the 4 MB of the parameters: gradients, products and what is summed
+    assert chunked < 128 << 20
+    assert chunked < plain / 6

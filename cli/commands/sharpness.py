@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import cross_checking, measuring, options, records, render
+from .. import cross_checking, measuring, options, planning, records, render
 from ..failures import say
 from ..interrupts import INTERRUPTED, conclude
 from ..measuring import NOT_CONVERGED
@@ -19,6 +19,8 @@ from ..progress import counted
 
 if TYPE_CHECKING:
     from curvkit.measures import Sharpness, SharpnessSettings
+    from curvkit.objectives import Objective
+    from curvkit.operators import Forecast
 
 
 @click.command()
@@ -61,6 +63,8 @@ def sharpness(
     from the sample of data is measured apart.
     """
     settings = _settings(num, which, block_size, data, budget)
+    if budget.plan:
+        return planning.planned(ctx, target, data.batches, output, partial(_forecast, settings=settings))
     destination = records.destination(output, "sharpness.json")
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
         from curvkit.measures import sharpness_steps
@@ -119,6 +123,12 @@ def _settings(num: int, which: Any, block_size: int, data: Data, budget: Budget)
         rounding=rounding,
         preflight=budget.preflight,
     )
+
+
+def _forecast(objective: Objective, settings: SharpnessSettings) -> Forecast:
+    from curvkit.measures import forecast_sharpness
+
+    return forecast_sharpness(objective, settings)
 
 
 def _told(result: Sharpness, settings: SharpnessSettings) -> tuple[float, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import cross_checking, measuring, options, records, render, render_trace
+from .. import cross_checking, measuring, options, planning, records, render, render_trace
 from ..failures import say
 from ..interrupts import INTERRUPTED, conclude
 from ..measuring import NOT_CONVERGED
@@ -19,6 +19,8 @@ from ..progress import counted
 
 if TYPE_CHECKING:
     from curvkit.measures import Trace, TraceSettings
+    from curvkit.objectives import Objective
+    from curvkit.operators import Forecast
 
 
 @click.command()
@@ -43,6 +45,8 @@ def trace(ctx: click.Context, target: Target, by: str, batches: int | None, samp
     The trace is the sum of all eigenvalues. It is exact where that is cheap; else the 95 % interval holds it for the data at hand.
     """
     settings = _settings(sampling)
+    if sampling.plan:
+        return planning.planned(ctx, target, batches, output, partial(_forecast, settings=settings))
     destination = records.destination(output, "trace.json")
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
         from curvkit.measures import trace_steps
@@ -92,6 +96,12 @@ def _settings(sampling: Sampling) -> TraceSettings:
         max_seconds=sampling.max_time,
     )
     return TraceSettings(search, residency=residency, memory_bytes=sampling.memory, preflight=sampling.preflight)
+
+
+def _forecast(objective: Objective, settings: TraceSettings) -> Forecast:
+    from curvkit.measures import forecast_trace
+
+    return forecast_trace(objective, settings)
 
 
 def _told(result: Trace, most: int) -> tuple[float, str]:

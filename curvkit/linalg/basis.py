@@ -9,6 +9,12 @@ from torch import Tensor
 
 CHUNK_ROWS = 8
 PIECE = 1 << 20
+"""Numbers that are converted to float64 at a time."""
+RUN = {"cpu": 1 << 16}
+"""Numbers that are multiplied and added up in the basis' own precision at a time, by kind of device. A matrix-vector product of 1.5e7 float32
+numbers on the CPU was off by 180 to 15,000 eps, in runs of 65,536 by 0.3, for a fifth more time."""
+LONG_RUN = 1 << 24
+"""The same on other devices, where sums are made in trees."""
 
 
 def dot(x: Tensor, y: Tensor) -> float:
@@ -91,15 +97,22 @@ class Basis:
         self.size += 1
 
     def coefficients(self, w: Tensor) -> Tensor:
-        """Q w, one inner product per row.
+        """Q w, one inner product per row, added up in float64 over runs.
 
         Args:
             w: [n].
 
         Returns:
-            [size].
+            [size] float64.
         """
-        return torch.cat([chunk @ w for chunk in self._filled(self.size)]) if self.size else w.new_zeros(0)
+        run = RUN.get(self.device.type, LONG_RUN)
+        found = []
+        for chunk in self._filled(self.size):
+            total = torch.zeros(chunk.shape[0], dtype=torch.float64, device=self.device)
+            for part, piece in zip(chunk.split(run, 1), w.split(run), strict=True):
+                total += part @ piece
+            found.append(total)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=self.device)
 
     def orthogonalize(self, w: Tensor) -> Tensor:
         """Take the components along the rows out of `w`, in place, by classical Gram-Schmidt applied twice.
@@ -108,17 +121,17 @@ class Basis:
             w: [n]; overwritten with (I - Q'Q) w.
 
         Returns:
-            [size] the coefficients Q w that were taken out, both passes added.
+            [size] float64, the coefficients Q w that were taken out, both passes added.
 
         Cost: 4 size n multiplications.
         Source: Giraud, Langou & Rozloznik (2005): two passes are enough for orthogonality to rounding.
         """
-        taken = w.new_zeros(self.size)
+        taken = torch.zeros(self.size, dtype=torch.float64, device=self.device)
         for _ in range(2):
             pass_ = self.coefficients(w)
             start = 0
             for chunk in self._filled(self.size):
-                w.addmv_(chunk.T, pass_[start : start + chunk.shape[0]], alpha=-1.0)
+                w.addmv_(chunk.T, pass_[start : start + chunk.shape[0]].to(self.dtype), alpha=-1.0)
                 start += chunk.shape[0]
             taken += pass_
         return taken

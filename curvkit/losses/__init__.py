@@ -1,6 +1,7 @@
 """What a loss is: its terms and weights on a batch."""
 
 from curvkit.losses.batches import Batch
+from curvkit.losses.chunks import chunked_token_cross_entropy
 from curvkit.losses.closed_forms import hessian_in_outputs
 from curvkit.losses.kinds import BatchLoss, KnownLoss, Loss, OtherLoss, as_loss
 from curvkit.losses.output_hessian import OutputHessian
@@ -16,6 +17,7 @@ __all__ = [
     "OtherLoss",
     "OutputHessian",
     "as_loss",
+    "chunked_token_cross_entropy",
     "hessian_in_outputs",
     "token_cross_entropy",
 ]
