@@ -11,8 +11,8 @@ CHUNK_ROWS = 8
 PIECE = 1 << 20
 """Numbers that are converted to float64 at a time."""
 RUN = {"cpu": 1 << 16}
-"""Numbers that are multiplied and added up in the basis' own precision at a time, by kind of device. A matrix-vector product of 1.5e7 float32
-numbers on the CPU was off by 180 to 15,000 eps, in runs of 65,536 by 0.3, for a fifth more time."""
+"""Numbers that are multiplied and added up in the basis' own precision at a time, by kind of device. Matrix-vector products of 1.5e7
+float32 numbers on the CPU were off by 180 to 15,000 eps; in runs of 65,536 by 0.3 eps, for a fifth more time."""
 LONG_RUN = 1 << 24
 """The same on other devices, where sums are made in trees."""
 

@@ -218,9 +218,9 @@ def _refuse_asymmetry(pairs: Eigenpairs, operator: Hessian | DifferenceHessian) 
     if pairs.asymmetry > limit:
         raise UnsupportedModel(
             f"sharpness: the products are not those of a symmetric matrix (u'Hv and v'Hu differ by {pairs.asymmetry:.2g}, "
-            f"{limit:.1g} is allowed for rounding). Either a second derivative in this model is wrong (weight_norm and custom functions "
-            "with once_differentiable are known), or products do not repeat. Write a weight norm as g * v / v.norm(), or leave "
-            "these parameters out by patterns."
+            f"{limit:.1g} is allowed for rounding). Either a second derivative in this model is wrong, as that of a custom function marked "
+            "once_differentiable, or products do not repeat. Measure by differences of gradients (rule='difference'), or leave these "
+            "parameters out by patterns."
         )
 
 

@@ -78,7 +78,7 @@ SUPPORT: Mapping[str, Construct] = {
             "wrong",
             "handled",
             "right",
-            "g v / ||v|| is written out while measuring, because torch's own second derivative of it is wrong",
+            "g v / norm(v) is written out while measuring, because torch's own second derivative of it is wrong",
             nodes=("WeightNormInterfaceBackward",),
         ),
         Construct(
