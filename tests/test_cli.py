@@ -181,8 +181,12 @@ def test_main_exits_with_the_code_and_tells_threads_not_to_spin(monkeypatch: pyt
             ["ckpt.pt", *FAST, "--seed", "9" * 30],
             f"Error: --seed {'9' * 30} must be an integer in [0, 2**63); without the flag one is drawn. Pass for example --seed 0.",
         ),
-        (["ckpt.pt", *FAST, "--memory", "1KB"], "vectors of length 51 fit the memory budget (--memory); 1 eigenvalue"),
-        (["ckpt.pt", *FAST, "--memory", "1KB"], "Raise --memory, or ask for fewer eigenvalues by --num."),
+        (
+            ["ckpt.pt", *FAST, "--memory", "1KB"],
+            "one product alone holds 3 of 51 parameters, so that 1,224 bytes are the least",
+        ),
+        (["ckpt.pt", *FAST, "--memory", "2KB"], "vectors of length 51 fit the memory budget (--memory); 1 eigenvalue"),
+        (["ckpt.pt", *FAST, "--memory", "2KB"], "Raise --memory, or ask for fewer eigenvalues by --num."),
         (
             ["ckpt.pt", *FAST, "--params", "conv*"],
             "the pattern 'conv*' matches no trainable parameter. The model has: inner",

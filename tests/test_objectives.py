@@ -689,3 +689,25 @@ def test_many_left_out_parameters_are_counted():
         p.requires_grad_(False)
     notes = Objective(model, F.mse_loss, [(normal(3, 2), normal(3, 2))]).notes
     assert notes == ("frozen and left out: 0.weight, 0.bias, 1.weight and 4 more",)
+
+
+def test_a_loss_that_holds_on_to_the_model_is_refused_on_a_copy():
+    """A penalty on the original's weights would be missing from every copy: in float64, perturbed, moved, on another device."""
+    with seeded():
+        model = nn.Linear(3, 2)
+    x, y = normal(6, 3).float(), normal(6, 2).float()
+
+    def penalised(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(outputs, targets) + sum(p.square().sum() for p in model.parameters())
+
+    made = Objective(model, penalised, [(x, y)])
+    truth = F.mse_loss(model(x), y).item() + sum(p.square().sum().item() for p in model.parameters())
+    assert made.value() == pytest.approx(truth, rel=1e-5)
+    for copy in (made.converted(dtype=torch.float64), made.copied(), made.copied().with_batches([(x, y)])):
+        with pytest.raises(
+            UnknownObjective, match="uses the parameter '.*' of the model from an outer scope.*BatchLoss"
+        ):
+            copy.gradient()
+    inside = BatchLoss(lambda m, b: F.mse_loss(m(b[0]), b[1]) + sum(p.square().sum() for p in m.parameters()))
+    right = Objective(model, inside, [(x, y)])
+    assert right.converted(dtype=torch.float64).gradient().float() == pytest.approx(right.gradient(), rel=1e-5)

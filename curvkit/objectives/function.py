@@ -45,6 +45,7 @@ class Objective(Problem):
 
     Example:
         >>> import torch.nn.functional as F
+        >>> from torch import nn
         >>> x, y = torch.randn(8, 2), torch.randint(3, (8,))
         >>> Objective(nn.Linear(2, 3), F.cross_entropy, [(x, y)]).parameters.n
         9
@@ -184,7 +185,10 @@ class Objective(Problem):
             )
 
     def _said(self, terms: LossTerms) -> LossTerms:
-        """Terms that can be joined with those of other batches."""
+        """Terms that can be joined with those of other batches, of this model and no other."""
+        origin = vars(self).get("_origin")
+        if origin is not None:
+            origin.refuse_outer(terms.total, self._loss.name)
         if not terms.said and len(self.batches) > 1:
             raise UnknownObjective(
                 f"Objective: the loss {self._loss.name} returned a scalar, but there are {len(self.batches)} batches, and how to "

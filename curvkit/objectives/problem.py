@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from curvkit.errors import InvalidArgument, UnsupportedModel
+from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
 from curvkit.losses import Batch, KnownLoss, Loss, as_loss
 from curvkit.losses.batches import cast, map_tensors, rows, take_rows
 from curvkit.objectives import data as drawing
@@ -18,6 +18,43 @@ from curvkit.objectives.modes import mode
 from curvkit.objectives.rewriting import deep_copy
 from curvkit.objectives.surroundings import random_state
 from curvkit.parameters import ParameterSpace
+
+
+class Origin:
+    """The model that a copy was made of, so that a loss which holds on to it is found."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {id(p): (name, p) for name, p in model.named_parameters()}
+        self.checked = False
+
+    def refuse_outer(self, total: Tensor, loss: str) -> None:
+        """Look once through the graph of the copy's loss for parameters of the original.
+
+        Args:
+            total: Of a batch, computed with the copy; without a graph nothing is looked at.
+            loss: Its name.
+
+        Raises:
+            UnknownObjective: If there is one: a copy would then measure another function.
+        """
+        if self.checked or not total.requires_grad:
+            return
+        seen: set[Any] = set()
+        stack: list[Any] = [total.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            found = self.parameters.get(id(getattr(node, "variable", None)))
+            if found is not None:
+                raise UnknownObjective(
+                    f"Objective: the loss {loss} uses the parameter {found[0]!r} of the model from an outer scope, so that a copy of the "
+                    "model (in float64, on another device) would be another function. Take the model from the argument: "
+                    "curvkit.BatchLoss(fn) with fn(model, batch)."
+                )
+            stack += [before for before, _ in node.next_functions]
+        self.checked = True
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -153,6 +190,7 @@ class Problem:
         batches = [cast(batch, device=target, dtype=dtype) for batch in self.batches]
         moved = self._with(model=model, loss=self._loss.moved(target, dtype), data=batches)
         vars(moved)["_drawn"] = (tuple(batches), self._drawn[1])  # what is to be known of the data stays with it
+        vars(moved)["_origin"] = Origin(self.model)
         return moved
 
     def copied(self) -> Self:
@@ -164,6 +202,7 @@ class Problem:
         with random_state():
             moved = self._with(model=deep_copy(self.model))
         vars(moved)["_drawn"] = self._drawn
+        vars(moved)["_origin"] = Origin(self.model)
         return moved
 
     def with_batches(self, batches: Sequence[Batch]) -> Self:
@@ -220,7 +259,10 @@ class Problem:
         return isinstance(self._loss, KnownLoss) and self._loss.divisible
 
     def _with(self, **changes: Any) -> Self:
-        return replace(self, **{"num_batches": None, **changes})
+        made = replace(self, **{"num_batches": None, **changes})
+        if "_origin" in vars(self):
+            vars(made)["_origin"] = vars(self)["_origin"]
+        return made
 
     @property
     def _loss(self) -> Loss:

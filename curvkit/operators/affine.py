@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,35 +36,51 @@ class _NotAffine(Exception):
 
 
 class _Tracer(TorchDispatchMode):
-    """Follows parameters and what depends on them through a forward pass; anything that is not on the lists raises."""
+    """Follows parameters and what depends on them through a forward pass; anything that is not on the lists raises.
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    Tensors are known by their storage, which views share. The pass runs on copies of the parameters, so that whatever touches the
+    model's own, as a view that was made earlier does, is no parameter of this pass.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], own: Iterable[Tensor]) -> None:
         super().__init__()
-        self._owner: dict[int, str | None] = {id(tensor): name for name, tensor in parameters.items()}
+        self._owner: dict[int, str | None] = {_storage(tensor): name for name, tensor in parameters.items()}
         """Name of the parameter that a tensor is a view of; None for an activation. Others depend on no parameter."""
-        self._alive: list[Any] = list(parameters.values())  # an id is good as long as its tensor lives
+        self._foreign = {_storage(tensor) for tensor in own}
+        self._alive: list[Any] = list(parameters.values())  # a storage is known as long as it lives
         self._used: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
-        known = [leaf for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._owner]
-        if not known:
+        name = func.overloadpacket.__name__
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        owners = [self._owner[_storage(tensor)] for tensor in given if self._known(tensor, name)]
+        made = func(*args, **(kwargs or {}))
+        if not owners:
             return made
-        owners = [self._owner[id(tensor)] for tensor in known]
         direct = [owner for owner in owners if owner is not None]
         if name not in VIEWS:
             self._refuse_second_use(direct, name)
             if name in PRODUCTS:
                 first = PRODUCTS[name]
-                pair = [tensor for tensor in args[first : first + 2] if id(tensor) in self._owner]
-                if len(pair) == 2 and (self._owner[id(pair[0])] is None) == (self._owner[id(pair[1])] is None):
+                pair = [self._owner[_storage(x)] for x in args[first : first + 2] if self._known(x, name)]
+                if len(pair) == 2 and (pair[0] is None) == (pair[1] is None):
                     raise _NotAffine(f"{name} of two activations, or of two parameters")
             elif name not in SUMS and (name not in PIECEWISE or direct):
                 raise _NotAffine(name)
         for tensor in (leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)):
-            self._owner[id(tensor)] = owners[0] if name in VIEWS else None
+            self._owner[_storage(tensor)] = owners[0] if name in VIEWS else None
             self._alive.append(tensor)
         return made
+
+    def _known(self, tensor: Any, name: str) -> bool:
+        """Whether a tensor depends on a parameter; one that may, but on a path that was not seen, raises."""
+        if not isinstance(tensor, Tensor):
+            return False
+        if _storage(tensor) in self._owner:
+            return True
+        if tensor.requires_grad or _storage(tensor) in self._foreign:
+            raise _NotAffine(f"{name}: a tensor depends on parameters in a way that was not seen")
+        return False
 
     def _refuse_second_use(self, direct: list[str], name: str) -> None:
         for owner in direct:
@@ -71,12 +89,44 @@ class _Tracer(TorchDispatchMode):
             self._used.add(owner)
 
 
+class _Outputs(nn.Module):
+    """The outputs of an objective as a module, so that its parameters can be replaced for a call."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.model = objective.model
+        self._objective = objective
+
+    def forward(self, index: int) -> Any:
+        """Outputs of one batch."""
+        return self._objective.outputs(index)[0]
+
+
+def _storage(tensor: Tensor) -> int:
+    """Which storage a tensor lies in."""
+    return tensor.untyped_storage()._cdata
+
+
+def _refuse_custom_functions(outputs: Tensor) -> None:
+    """What a torch.autograd.Function says of its derivatives need not be what its forward pass computes."""
+    waiting, seen = [outputs.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, BackwardCFunction):
+            raise _NotAffine(f"{type(node).__name__} is the backward pass of a custom function")
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+
+
 def is_affine_in_each_entry(objective: Objective) -> bool:
     """Whether d^2 z / d theta_j^2 = 0 almost everywhere for the outputs z and every parameter entry theta_j.
 
     It holds if every parameter tensor is used once, as a factor of something that it is not part of or as an addend, and all else is sums
     and piecewise linear maps: then z is piece by piece a polynomial of degree at most one in each entry by itself. That is read off
-    the operations of a forward pass over all batches; one that is not on a list, or a product of two activations, gives False.
+    the operations of a forward pass over all batches, with gradients on, as in products; one that is not on a list, a product of two
+    activations, a custom autograd function, and a tensor that depends on parameters in a way that was not seen give False.
 
     Args:
         objective: Its model is run once; parameters that are left out of the space or frozen count, too.
@@ -84,7 +134,7 @@ def is_affine_in_each_entry(objective: Objective) -> bool:
     Returns:
         True only if it was shown. False also for BatchNorm, attention and in-place sums, though it may hold there.
 
-    Cost: one forward pass over the data.
+    Cost: one forward pass over the data, with the graph of a batch; a copy of the parameters.
     Source: that the diagonal of H is then that of the GGN is in Martens (2020), section 8; the reading off of operations is ours.
 
     Example:
@@ -97,12 +147,17 @@ def is_affine_in_each_entry(objective: Objective) -> bool:
         >>> is_affine_in_each_entry(Objective(torch.nn.Sequential(*layers), F.mse_loss, data))
         False
     """
-    parameters = dict(objective.model.named_parameters())
+    own = dict(objective.model.named_parameters())
+    copies = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in own.items()}
+    theta = {f"model.{name}": copy for name, copy in copies.items()}
     try:
-        with objective.measuring(), torch.no_grad():
+        with objective.measuring(), torch.enable_grad():
             for index in range(len(objective.batches)):
-                with _Tracer(parameters):
-                    objective.outputs(index)
+                with _Tracer(copies, own.values()):
+                    outputs = functional_call(_Outputs(objective), theta, (index,))
+                if not isinstance(outputs, Tensor):
+                    return False
+                _refuse_custom_functions(outputs)
     except (_NotAffine, CurvkitError, RuntimeError):
         return False
     return True

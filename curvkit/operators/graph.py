@@ -173,7 +173,8 @@ def explained(matrix: str) -> Generator[None]:
         operation = found[1].removesuffix("_backward").strip("_")
         raise UnsupportedModel(
             f"{matrix}: torch {torch.__version__} has no second derivative of {operation}, which the model or the loss uses. "
-            "Replace that operation by one that has, or leave the parameters before it out by patterns."
+            "Replace that operation by one that has, leave the parameters before it out by patterns, or measure by "
+            "differences of gradients (rule='difference') if the model is smooth."
         ) from error
 
 

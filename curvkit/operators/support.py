@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,8 +32,6 @@ class Construct:
     """What curvkit does, or what the user can do, as the end of a sentence."""
     nodes: tuple[str, ...] = ()
     """Names of autograd nodes that give it away; a prefix."""
-    modules: tuple[str, ...] = ()
-    """Names of module classes that give it away."""
 
 
 SUPPORT: Mapping[str, Construct] = {
@@ -128,14 +127,19 @@ SUPPORT: Mapping[str, Construct] = {
             nodes=("CheckpointFunctionBackward",),
         ),
         Construct("torch.compile", "raises", "handled", "right", "compiled modules run eagerly while measuring"),
-        Construct("TorchScript", "right", "right", "right", "nothing to do"),
+        Construct(
+            "TorchScript",
+            "right",
+            "refused",
+            "refused",
+            "torch's copy of such a module computes with the original's weights: measure the module that was scripted or traced",
+        ),
         Construct(
             "Embedding(sparse=True)",
             "raises",
             "handled",
             "right",
             "its gradient is dense while measuring",
-            modules=("Embedding",),
         ),
         Construct(
             "ctc_loss",
@@ -269,14 +273,13 @@ def _nodes(objective: Objective) -> Iterator[tuple[str, Any]]:
         for tensor in _tensors(output):
             _walk(tensor.grad_fn, where, seen)
 
-    handles = [module.register_forward_hook(note) for module in names]
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in names:
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                stack.callback(module.register_forward_hook(note).remove)
         with objective.measuring():
             total = objective.terms(0).total
             _walk(total.grad_fn, "the loss", seen)
-    finally:
-        for handle in handles:
-            handle.remove()
     yield from ((where, node) for node, where in seen.items())
 
 
