@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ class Body(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
         self.scale = nn.Parameter(torch.ones(8))
+        self.held = [self.scale]
         self._join = join
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,8 +62,56 @@ NOT_AFFINE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "depends on a value": lambda self, x: self.c(self.a(x)) if self.a.weight.sum() > -1e9 else self.c(x),
     "in place": lambda self, x: self.c(torch.zeros(len(x), 8, dtype=x.dtype).add_(self.a(x))),
     "softmax": lambda self, x: self.c(self.a(x).softmax(1)),
+    "with gradients only": lambda self, x: self.c(torch.tanh(self.a(x)) if torch.is_grad_enabled() else self.a(x)),
+    "custom function": lambda self, x: self.c(TanhByNumpy.apply(self.a(x))),  # pyright: ignore
+    "custom function of known operations": lambda self, x: self.c(ReluOfItsOwn.apply(self.a(x))),  # pyright: ignore
+    "activation squared": lambda self, x: self.c(self.a(x) * self.a(x)),
+    "one activation squared": lambda self, x: self.c((lambda inner: inner * inner)(self.a(x))),
+    "softmax gate": lambda self, x: self.c(torch.relu(self.a(x)) * self.b(torch.relu(self.a(x))).softmax(1)),
+    "shared by transposition": lambda self, x: self.c(torch.relu(self.b(torch.relu(self.a(x)) @ self.b.weight.t()))),
+    "parameter held elsewhere": lambda self, x: self.c(h(self, x) * self.held[0]),
     "normalised": lambda self, x: self.c(F.layer_norm(self.a(x), (8,))),
 }
+
+
+class TanhByNumpy(torch.autograd.Function):
+    """x + tanh(x) / 2 outside torch, with a backward pass that torch differentiates."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(x)
+        return torch.from_numpy(x.detach().numpy() + numpy.tanh(x.detach().numpy()) / 2)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore
+        (x,) = ctx.saved_tensors
+        return g * (1.5 - torch.tanh(x).square() / 2)
+
+
+class ReluOfItsOwn(torch.autograd.Function):
+    """ReLU by operations that are on the list, with the backward pass of another function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(x)
+        return torch.relu(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore
+        (x,) = ctx.saved_tensors
+        return g * torch.tanh(x)
+
+
+class EarlierView(nn.Module):
+    """A row of a weight that was made before the forward pass, beside the weight."""
+
+    def __init__(self, *, detached: bool) -> None:
+        super().__init__()
+        self.a, self.w = nn.Linear(4, 8), nn.Parameter(normal(3, 8, seed=6))
+        self.row = self.w.detach()[0:1] if detached else self.w[0:1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu((torch.relu(self.a(x)) * self.row) @ self.w.t())
 
 
 def built(join: Callable[[Any, Tensor], Tensor]) -> tuple[nn.Module, Objective]:
@@ -96,6 +146,17 @@ def test_what_is_not_known_to_be_affine_is_not_used(name: str):
     assert not is_affine_in_each_entry(objective)
     found = trace(objective, seed=0, tolerance=0.3)
     assert "piecewise" not in found.estimate.reason
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_view_of_a_parameter_made_earlier_is_no_constant(detached: bool):
+    with seeded(1):
+        model = EarlierView(detached=detached)
+    model.a.double()
+    x, y = examples(torch.float64)
+    objective = Objective(model, F.cross_entropy, [(x, y)])
+    assert not is_affine_in_each_entry(objective)
+    assert not piecewise_linear.applies(objective, 0)
 
 
 def test_tied_weights_are_not_used():

@@ -188,7 +188,7 @@ class Objective(Problem):
         """Terms that can be joined with those of other batches, of this model and no other."""
         origin = vars(self).get("_origin")
         if origin is not None:
-            origin.refuse_outer(terms.total, self._loss.name)
+            origin.refuse_outer(terms.total, self.model, self._loss.name)
         if not terms.said and len(self.batches) > 1:
             raise UnknownObjective(
                 f"Objective: the loss {self._loss.name} returned a scalar, but there are {len(self.batches)} batches, and how to "

@@ -27,11 +27,12 @@ class Origin:
         self.parameters = {id(p): (name, p) for name, p in model.named_parameters()}
         self.checked = False
 
-    def refuse_outer(self, total: Tensor, loss: str) -> None:
+    def refuse_outer(self, total: Tensor, model: nn.Module, loss: str) -> None:
         """Look once through the graph of the copy's loss for parameters of the original.
 
         Args:
             total: Of a batch, computed with the copy; without a graph nothing is looked at.
+            model: The copy. TorchScript's copies share the graph's leaves with the original, though not its numbers.
             loss: Its name.
 
         Raises:
@@ -39,7 +40,8 @@ class Origin:
         """
         if self.checked or not total.requires_grad:
             return
-        seen: set[Any] = set()
+        own = [p for p in model.parameters() if p.requires_grad]
+        seen: set[Any] = {torch.autograd.graph.get_gradient_edge(p).node for p in own}
         stack: list[Any] = [total.grad_fn]
         while stack:
             node = stack.pop()

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
-from curvkit.errors import UnsupportedModel
-
 
 @contextlib.contextmanager
 def twice_differentiable(model: nn.Module) -> Generator[None]:
@@ -67,16 +65,7 @@ def deep_copy(model: nn.Module) -> nn.Module:
 
     Returns:
         The copy, with the values of such tensors.
-
-    Raises:
-        UnsupportedModel: If it holds a TorchScript module: torch's copy of one goes on computing with the original's weights.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModel(
-                f"Objective: the module {name or 'itself'!r} is TorchScript, and torch's copy of it computes with the original's "
-                "weights, so that nothing can be checked on a copy. Measure the module that was scripted or traced."
-            )
     held = [
         (module, name, value)
         for module in model.modules()

@@ -104,7 +104,7 @@ class _Outputs(nn.Module):
 
 def _storage(tensor: Tensor) -> int:
     """Which storage a tensor lies in."""
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _refuse_custom_functions(outputs: Tensor) -> None:

@@ -111,7 +111,8 @@ def _by_device(watched: list[_Watched]) -> dict[torch.device, list[Tensor]]:
 def _registries(model: nn.Module) -> list[_Registry]:
     found = []
     for name, module in model.named_modules():
-        held = tuple(vars(module).get(kind, {}) for kind in ("_parameters", "_buffers", "_modules"))
+        kinds = (vars(module).get(kind) for kind in ("_parameters", "_buffers", "_modules"))
+        held = tuple(registered for registered in kinds if isinstance(registered, dict))
         found.append(_Registry(name, held, tuple([*map(id, registered.values())] for registered in held)))
     return found
 
@@ -132,7 +133,8 @@ def _watch(model: nn.Module) -> list[_Watched]:
 
 def _held(module: nn.Module, what: str) -> Mapping[str, Tensor | None]:
     """The dictionary that a module keeps them in, or a copy of one where they are kept elsewhere, as in TorchScript."""
-    return vars(module).get(f"_{what}") or dict(getattr(module, f"named_{what}")(recurse=False))
+    held = vars(module).get(f"_{what}")
+    return held if isinstance(held, dict) else dict(getattr(module, f"named_{what}")(recurse=False))
 
 
 def _window(tensor: Tensor) -> tuple[Tensor, ...]:

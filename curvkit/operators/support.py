@@ -127,13 +127,7 @@ SUPPORT: Mapping[str, Construct] = {
             nodes=("CheckpointFunctionBackward",),
         ),
         Construct("torch.compile", "raises", "handled", "right", "compiled modules run eagerly while measuring"),
-        Construct(
-            "TorchScript",
-            "right",
-            "refused",
-            "refused",
-            "torch's copy of such a module computes with the original's weights: measure the module that was scripted or traced",
-        ),
+        Construct("TorchScript", "right", "right", "right", "nothing to do"),
         Construct(
             "Embedding(sparse=True)",
             "raises",
