@@ -111,6 +111,7 @@ class Sampling:
     max_time: float | None
     memory: int | None
     residency: str
+    rule: str
     preflight: bool
     cross_check: str | None
     plan: bool
@@ -152,6 +153,14 @@ RESIDENCY = click.option(
     default="auto",
     show_default=True,
     help="Keep gradient graphs, or build them for each product.",
+)
+
+RULE = click.option(
+    "--rule",
+    type=click.Choice(["reverse", "difference"]),
+    default="reverse",
+    show_default=True,
+    help="Second derivatives, or differences of gradients in float64 for smooth models that have none.",
 )
 
 
@@ -217,13 +226,7 @@ def budget(command: Command) -> Command:
         MAX_TIME,
         MEMORY,
         RESIDENCY,
-        click.option(
-            "--rule",
-            type=click.Choice(["reverse", "difference"]),
-            default="reverse",
-            show_default=True,
-            help="Second derivatives, or differences of gradients in float64 for smooth models that have none.",
-        ),
+        RULE,
         click.option(
             "--rounding",
             type=click.Choice(["auto", "float64", "perturbation"]),
@@ -272,6 +275,7 @@ def sampling(command: Command) -> Command:
         MAX_TIME,
         MEMORY,
         RESIDENCY,
+        RULE,
         PREFLIGHT,
         CROSS_CHECK,
         PLAN,

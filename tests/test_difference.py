@@ -172,3 +172,11 @@ def test_a_tolerance_below_the_seen_rounding_is_not_converged():
     assert pairs.rounding > 2e-6 * pairs.scale
     assert not pairs.converged.any()
     assert pairs.products < 200
+
+
+def test_a_loss_without_curvature_is_no_kink():
+    """Closed form: linear in the parameters, H = 0; what the quotients show is rounding."""
+    with seeded():
+        model = nn.Linear(4, 1).double()
+    it = Objective(model, BatchLoss(lambda m, b: (m(b).sum(), len(b))), list(normal(12, 4).split(4)))
+    assert DifferenceHessian(it).matvec(normal(5)).norm() <= 1e-8

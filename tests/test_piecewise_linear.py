@@ -14,6 +14,9 @@ from samples import ROWS, examples
 from torch import Tensor, nn
 
 from curvkit import BatchLoss, Objective
+from curvkit.linalg import trace as linalg_trace
+from curvkit.losses import as_loss, hessian_in_outputs, token_cross_entropy
+from curvkit.losses.known import DIVISORS
 from curvkit.measures import TraceSettings, piecewise_linear, trace
 from curvkit.operators.affine import is_affine_in_each_entry
 
@@ -131,7 +134,7 @@ def test_exact_trace_and_shares(name: str):
     model, objective = built(AFFINE[name])
     assert is_affine_in_each_entry(objective)
     assert piecewise_linear.applies(objective, 0)
-    found = trace(objective, seed=0)
+    found = trace(objective, seed=0, method="exact")
     diagonal = truth(model).diagonal()
     assert found.value == pytest.approx(diagonal.sum().item(), rel=1e-11)
     pieces = diagonal.split([share.parameters for share in found.parameters])
@@ -144,7 +147,7 @@ def test_exact_trace_and_shares(name: str):
 def test_what_is_not_known_to_be_affine_is_not_used(name: str):
     _, objective = built(NOT_AFFINE[name])
     assert not is_affine_in_each_entry(objective)
-    found = trace(objective, seed=0, tolerance=0.3)
+    found = trace(objective, seed=0, tolerance=0.3, settings=TraceSettings(preflight=False))
     assert "piecewise" not in found.estimate.reason
 
 
@@ -181,7 +184,7 @@ def test_losses_and_uneven_batches(loss: Any, targets: Tensor | None):
         model = Body(AFFINE["plain"]).double()
     x, y = examples(torch.float64)
     y = y if targets is None else targets
-    found = trace(Objective(model, loss, cut(ROWS, x, y)), seed=0)
+    found = trace(Objective(model, loss, cut(ROWS, x, y)), seed=0, method="exact")
     assert "piecewise linear" in found.estimate.reason
     expected = dense(model, lambda call: loss(call(x), y)).hessian.trace().item()
     assert found.value == pytest.approx(expected, rel=1e-11)
@@ -225,12 +228,95 @@ def test_losses_that_are_not_known_are_not_used():
     assert not piecewise_linear.applies(own, 0)
 
 
-def test_many_outputs_are_sampled():
+def test_the_cheaper_way_is_taken():
+    """21 columns cost more than 100 probes, and less than the 2,500 of a tolerance of 1 %."""
     with seeded(0):
         model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 21)).double()
-    x = normal(12, 4, seed=1)
-    assert is_affine_in_each_entry(made := Objective(model, F.mse_loss, [(x, normal(12, 21, seed=2))]))
-    assert not piecewise_linear.applies(made, 0)
+    x, y = normal(12, 4, seed=1), normal(12, 21, seed=2)
+    made = Objective(model, F.mse_loss, [(x, y)])
+    cost = piecewise_linear.predicted_products(made)
+    assert 100 < cost < 2500
+    assert piecewise_linear.applies(made, 0)
+    assert not piecewise_linear.applies(made, 0, most=100)
+    expected = dense(model, lambda call: F.mse_loss(call(x), y)).hessian.trace().item()
+    for options in ({"tolerance": 0.01}, {"method": "exact"}):
+        found = trace(made, seed=0, max_products=1000, **options)  # pyright: ignore
+        assert f"at the predicted cost of {cost:.3g} products" in found.estimate.reason
+        assert found.value == pytest.approx(expected, rel=1e-11)
+    assert not trace(made, seed=0).estimate.exact
+    within = trace(made, seed=0, method="exact", max_products=300)
+    assert within.estimate.reason == "as asked"
+    assert (within.products, within.value) == (229, pytest.approx(expected, rel=1e-11))
+
+
+def test_time_is_kept():
+    """Without time for the rest of the examples there is what sampling has by then."""
+    _, objective = built(AFFINE["plain"])
+    limited = TraceSettings(linalg_trace.Settings(max_seconds=1e-6))
+    found = trace(objective, seed=0, settings=limited)
+    assert (found.estimate.exact, found.estimate.converged, found.products) == (False, False, 1)
+
+
+LOSSES: dict[Any, Tensor] = {
+    F.cross_entropy: classes(24, num=3, seed=9),
+    F.nll_loss: classes(24, num=3, seed=9),
+    F.mse_loss: normal(24, 3, seed=9),
+    F.l1_loss: normal(24, 3, seed=9),
+    F.huber_loss: normal(24, 3, seed=9),
+    F.smooth_l1_loss: normal(24, 3, seed=9),
+    F.binary_cross_entropy: classes(24, 3, num=2, seed=9).double(),
+    F.binary_cross_entropy_with_logits: classes(24, 3, num=2, seed=9).double(),
+    F.poisson_nll_loss: normal(24, 3, seed=9).exp(),
+    F.soft_margin_loss: 2.0 * classes(24, 3, num=2, seed=9).double() - 1,
+    F.hinge_embedding_loss: 2.0 * classes(24, 3, num=2, seed=9).double() - 1,
+    F.multilabel_soft_margin_loss: classes(24, 3, num=2, seed=9).double(),
+    F.kl_div: normal(24, 3, seed=9).softmax(1),
+    token_cross_entropy: classes(24, 1, num=3, seed=9),
+}
+FACTORED = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits, token_cross_entropy)
+
+
+@pytest.mark.filterwarnings("ignore:reduction:UserWarning")  # kl_div on its mean
+@pytest.mark.parametrize("loss", DIVISORS, ids=lambda loss: loss.__name__)
+def test_every_known_loss(loss: Any):
+    """Rung 2: the dense Hessian; sampled where no factor is known."""
+    with seeded(1):
+        last: dict[Any, nn.Module] = {
+            F.binary_cross_entropy: nn.Sigmoid(),
+            token_cross_entropy: nn.Unflatten(1, (1, 3)),
+        }
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), last.get(loss, nn.Identity())).double()
+    x, y = examples(torch.float64)[0], LOSSES[loss]
+    objective = Objective(model, loss, cut(ROWS, x, y))
+    affine = piecewise_linear.applies(objective, 0)
+    assert affine == (loss in FACTORED)
+    found = trace(objective, seed=0, tolerance=0.04, max_products=200)
+    assert ("piecewise" in found.estimate.reason) == affine
+    expected = dense(model, lambda call: loss(call(x), y)).hessian.trace().item()
+    assert abs(found.value - expected) <= 5 * found.estimate.stderr + 1e-11 * (1 + abs(expected))
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_negative_class_weights_are_sampled(absent: bool):
+    """Also where the class is in the last batch only."""
+    with seeded(1):
+        model = Body(AFFINE["plain"]).double()
+    x, y = examples(torch.float64)
+    y = (torch.arange(24) >= 20).long() if absent else y
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, -0.3, 0.5]).double())
+    found = trace(Objective(model, loss, cut(ROWS, x, y)), seed=0)
+    assert not found.estimate.exact
+    expected = dense(model, lambda call: loss(call(x), y)).hessian.trace().item()
+    assert abs(found.value - expected) <= 5 * found.estimate.stderr
+
+
+def test_output_hessian_without_gradients():
+    """Rung 4: the same with and without gradients switched on."""
+    outputs, targets = normal(4, 3, seed=1), normal(4, 3, seed=2)
+    with torch.no_grad():
+        off = hessian_in_outputs(as_loss(F.huber_loss), outputs, targets)
+    on = hessian_in_outputs(as_loss(F.huber_loss), outputs, targets)
+    assert torch.equal(off.multiply(targets), on.multiply(targets))
 
 
 def test_rows_that_are_coupled_are_not_used():

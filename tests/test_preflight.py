@@ -238,6 +238,23 @@ def test_a_model_that_cannot_run_in_float64_is_checked_in_float32():
     assert found.verdict in ("right", "not checked")
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_right_models_that_run_in_float32_alone_are_not_refused(seed: int):
+    """Steps that move no weight, or drown in rounding, must not count as a plateau."""
+
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3) if seed % 2 else nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.float())
+
+    with seeded(seed):
+        model = Single()
+    assert preflight(objective(model)).verdict in ("right", "not checked")
+
+
 @pytest.mark.parametrize("function", [OnceSine, DetachedSine])
 def test_wrong_functions_are_caught_in_float32_too(function: Any):
     class Single(nn.Module):
@@ -337,10 +354,10 @@ def test_a_plateau_is_three_steps():
     """The rule itself: growth with smaller steps is no plateau, three equal mismatches are one."""
     from curvkit.operators.preflight import _plateau
 
-    assert _plateau([3e-2, 2.9e-2, 3e-2, 5e-1])
-    assert not _plateau([1e-3, 3e-3, 1e-2, 3e-2])
-    assert not _plateau([3e-2, 3e-2, 9e-6])
-    assert not _plateau([1e-6, 1e-6, 1e-6])
+    assert _plateau([3e-2, 2.9e-2, 3e-2, 5e-1], 1e-5)
+    assert not _plateau([1e-3, 3e-3, 1e-2, 3e-2], 1e-5)
+    assert not _plateau([3e-2, 3e-2, 9e-6], 1e-5)
+    assert not _plateau([1e-6, 1e-6, 1e-6], 1e-5)
 
 
 def test_the_summary_says_what_was_seen():

@@ -463,3 +463,15 @@ def test_products_that_are_not_finite_are_refused(bad: float, method: Any, after
 
     with pytest.raises(CurvkitError, match="has NaN or infinite entries. The function or its derivatives overflow"):
         trace.estimate(FunctionMap(170, multiply, dtype=torch.float64), method=method, tolerance=1e-6, seed=0)
+
+
+@pytest.mark.parametrize("method", ["auto", "hutchinson"])
+@pytest.mark.parametrize("most", [3, 29, 30, 31, 33, 41])
+def test_blocks_keep_the_budget(method: Any, most: int):
+    """The last block is smaller; probe i is the same in whatever block it is."""
+    A = DenseMap(with_outliers())
+    options: dict[str, Any] = {"seed": 0, "max_products": most, "method": method, "tolerance": 1e-6, "rank": 100}
+    found = trace.estimate(A, block_size=4, **options)
+    one = trace.estimate(A, block_size=1, **options)
+    assert found.products == found.probes == most
+    assert (found.products, found.value) == (one.products, pytest.approx(one.value, rel=1e-12))

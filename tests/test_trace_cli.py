@@ -254,3 +254,10 @@ def test_in_a_process_of_its_own(tmp_path: Path):
     done = curvkit("trace", *OBJECTIVE, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("name\tkind")
+
+
+def test_rule(trace: Typed):
+    """Rung 2: the dense spectrum; differences keep 1e-7, the weights are float32 numbers."""
+    code, out, _ = trace(*OBJECTIVE, "--plain", "-q", "--rule", "difference")
+    assert code == 0
+    assert float(lines(out)["total"][2]) == pytest.approx(truth().sum().item(), rel=1e-6)

@@ -252,3 +252,21 @@ def test_small_nets_are_exact():
     found = trace(Objective(net(), F.cross_entropy, cut(ROWS, *examples())), seed=0)
     assert found.estimate.exact
     assert found.estimate.reason == "51 products give every diagonal entry"
+
+
+def test_by_differences_of_gradients():
+    """Rung 2, to the 1e-7 that differences keep; also where torch's second derivative is wrong, and then without the preflight."""
+    model, objective = classifier()
+    found = trace(objective, method="exact", seed=0, settings=TraceSettings(rule="difference"))
+    assert found.value == pytest.approx(hessian_of(model).trace().item(), rel=1e-7)
+    assert found.preflight is None
+    with seeded(0):
+        wrong = WrongNet().double()
+    right = nn.Sequential(wrong.inner, nn.Tanh(), wrong.outer)
+    settings = TraceSettings(rule="difference")
+    found = trace(
+        Objective(wrong, F.cross_entropy, [examples(torch.float64)]), method="exact", seed=0, settings=settings
+    )
+    assert found.value == pytest.approx(hessian_of(right).trace().item(), rel=1e-7)
+    with pytest.raises(InvalidArgument, match="rule='forward' is not one of reverse, difference. Use 'reverse'"):
+        TraceSettings(rule="forward")  # pyright: ignore

@@ -87,6 +87,7 @@ def _settings(sampling: Sampling) -> TraceSettings:
 
     method: Any = sampling.method
     residency: Any = sampling.residency
+    rule: Any = sampling.rule
     search = linalg_trace.Settings(
         method=method,
         tolerance=sampling.tolerance,
@@ -95,7 +96,9 @@ def _settings(sampling: Sampling) -> TraceSettings:
         max_products=sampling.max_products,
         max_seconds=sampling.max_time,
     )
-    return TraceSettings(search, residency=residency, memory_bytes=sampling.memory, preflight=sampling.preflight)
+    return TraceSettings(
+        search, residency=residency, memory_bytes=sampling.memory, rule=rule, preflight=sampling.preflight
+    )
 
 
 def _forecast(objective: Objective, settings: TraceSettings) -> Forecast:

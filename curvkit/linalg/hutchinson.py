@@ -77,9 +77,15 @@ class Samples:
 
 
 def steps(
-    A: LinearMap, *, lengths: Sequence[int], seed: int, block_size: int = 1, drawn: Samples | None = None
+    A: LinearMap,
+    *,
+    lengths: Sequence[int],
+    seed: int,
+    block_size: int = 1,
+    drawn: Samples | None = None,
+    most: int | None = None,
 ) -> Iterator[Draws]:
-    """Sample x'Ax with random signs x, without an end.
+    """Sample x'Ax with random signs x, without an end or up to a number of them.
 
         tr A = E x'Ax,    x in {-1, +1}^n;    the share of a part P of the coordinates: E sum_(j in P) x_j (Ax)_j
 
@@ -89,6 +95,7 @@ def steps(
         seed: Probe i depends on (seed, i) alone.
         block_size: Probes per step, multiplied together.
         drawn: Samples of the first probes, to go on from; None: none.
+        most: Probes at which a last, smaller block ends; None: without an end.
 
     Yields:
         The state after each step.
@@ -106,10 +113,12 @@ def steps(
         3.0
     """
     samples = Samples(lengths) if drawn is None else drawn
-    while True:
-        for row in sampled(A, samples.size, lengths=lengths, seed=seed, block_size=block_size):
+    while most is None or samples.size < most:
+        size = block_size if most is None else min(block_size, most - samples.size)
+        for row in sampled(A, samples.size, lengths=lengths, seed=seed, block_size=size):
             samples.append(row)
-        yield samples.draws(products=samples.size, step=block_size)
+        following = block_size if most is None else min(block_size, max(most - samples.size, 1))
+        yield samples.draws(products=samples.size, step=following)
 
 
 def sampled(A: LinearMap, index: int, *, lengths: Sequence[int], seed: int, block_size: int) -> list[Tensor]:

@@ -121,7 +121,8 @@ def _told(
     if method == "exact":
         steps = _exact(A, lengths)
     elif method == "hutchinson":
-        steps = hutchinson.steps(A, lengths=lengths, seed=seed, block_size=settings.block_size)
+        most, size = settings.max_products, settings.block_size
+        steps = hutchinson.steps(A, lengths=lengths, seed=seed, block_size=size, most=most)
     elif method == "deflated":
         rank = settings.affordable_rank(A.n, per_dimension=1)
         steps = deflation.deflated_steps(A, rank=rank, lengths=lengths, seed=seed, start=start)
@@ -158,7 +159,14 @@ def _auto(
         predicted += " without a subspace"
     else:
         steps, method = (
-            hutchinson.steps(A, lengths=lengths, seed=seed, block_size=settings.block_size, drawn=samples),
+            hutchinson.steps(
+                A,
+                lengths=lengths,
+                seed=seed,
+                block_size=settings.block_size,
+                drawn=samples,
+                most=settings.max_products,
+            ),
             "hutchinson",
         )
         predicted += "" if needed >= WORTH else ", too few for a subspace to pay"

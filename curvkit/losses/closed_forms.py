@@ -47,12 +47,13 @@ def hessian_in_outputs(loss: Loss, outputs: Tensor, targets: Any) -> OutputHessi
     if isinstance(loss, KnownLoss) and loss.function in CLOSED_FORMS:
         return CLOSED_FORMS[loss.function](outputs.detach(), targets, loss.options)
     z = outputs.detach().requires_grad_()
-    total = loss.terms_of(z, targets).total
-    linear = (isinstance(loss, KnownLoss) and loss.function in LINEAR) or not total.requires_grad
-    if not linear:
-        (gradient,) = torch.autograd.grad(total, z, create_graph=True, materialize_grads=True)
-        if gradient.requires_grad:
-            return DifferentiatedHessian(z, gradient, loss.name)
+    with torch.enable_grad():  # the caller may have switched gradients off
+        total = loss.terms_of(z, targets).total
+        linear = (isinstance(loss, KnownLoss) and loss.function in LINEAR) or not total.requires_grad
+        if not linear:
+            (gradient,) = torch.autograd.grad(total, z, create_graph=True, materialize_grads=True)
+            if gradient.requires_grad:
+                return DifferentiatedHessian(z, gradient, loss.name)
     raise UnsupportedModel(
         f"GGN: the loss {loss.name} is linear in the model's outputs, at least in pieces, so that this GGN would be zero: the second "
         "derivative of the model, which it leaves out, is all the curvature. Let the model return logits and use cross_entropy instead of "

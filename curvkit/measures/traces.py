@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from curvkit import seeds
-from curvkit.errors import CurvkitError, InvalidArgument
+from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
 from curvkit.linalg import trace as linalg_trace
 from curvkit.linalg.basis import norm
 from curvkit.linalg.trace import Method
@@ -19,14 +19,16 @@ from curvkit.losses import KnownLoss, token_cross_entropy
 from curvkit.losses.batches import inputs_and_targets
 from curvkit.measures import piecewise_linear
 from curvkit.measures.definitions import definition, doubts
+from curvkit.measures.eigenvalues import OPERATORS, Rule
 from curvkit.measures.trace_result import Trace, shares
 from curvkit.measures.vectors import refuse_small_memory, rows_that_fit
 from curvkit.objectives import Objective
-from curvkit.operators import Hessian
+from curvkit.operators import DifferenceHessian, Hessian
 from curvkit.operators.plan import Residency
 from curvkit.operators.preflight import preflight, refuse_wrong
 from curvkit.results import TraceEstimate, TraceParts
 
+Operator = Hessian | DifferenceHessian
 TOGETHER = 4
 """Probes per product where graphs are streamed, which then are built once for all of them."""
 
@@ -40,12 +42,19 @@ class TraceSettings:
     memory_bytes: int | None = None
     """For graphs and vectors, half each; None: half and a quarter of the memory that is free."""
     structure: bool = True
-    """With method "auto": compute the trace of a piecewise linear network exactly, as that of its GGN, where it is shown to be one."""
+    """Compute the trace of a piecewise linear network exactly, as that of its GGN, where it is shown to be one: with method "auto" if that
+    is predicted to cost no more than sampling, with "exact" if it costs no more than `max_products`."""
+    rule: Rule = "reverse"
+    """"reverse" over reverse, or "difference" of gradients in float64, for smooth models that have no (right) second derivative."""
     preflight: bool = True
-    """First check second derivatives on a few rows, and refuse those that are wrong."""
+    """First check second derivatives on a few rows, and refuse those that are wrong; not under rule "difference"."""
 
     def __post_init__(self) -> None:
         """Check the values."""
+        if self.rule not in get_args(Rule):
+            raise InvalidArgument(
+                f"trace: rule={self.rule!r} is not one of reverse, difference. Use 'reverse' if in doubt."
+            )
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise InvalidArgument(
                 f"trace: memory_bytes={self.memory_bytes!r} must be positive. Pass bytes, for example 4 * 2**30."
@@ -75,9 +84,9 @@ def trace_steps(
     settings, began, seed = settings or TraceSettings(), time.perf_counter(), seeds.settle(seed)
     refuse_small_memory("trace", objective, settings.memory_bytes)
     graphs = None if settings.memory_bytes is None else settings.memory_bytes // 2
-    operator = Hessian(objective, residency=settings.residency, budget_bytes=graphs)
+    operator = OPERATORS[settings.rule](objective, residency=settings.residency, budget_bytes=graphs)
     search = _fitted(settings, operator)
-    checked = preflight(objective) if settings.preflight else None
+    checked = preflight(objective) if settings.preflight and settings.rule == "reverse" else None
     if checked is not None:
         refuse_wrong(checked)
     result: Trace | None = None
@@ -182,15 +191,32 @@ def unit(objective: Objective) -> str | None:
 
 
 def _estimates(
-    operator: Hessian, settings: TraceSettings, search: linalg_trace.Settings, seed: int
+    operator: Operator, settings: TraceSettings, search: linalg_trace.Settings, seed: int
 ) -> Iterator[TraceEstimate]:
-    """By the structure of the network where that is exact and cheap, else by products."""
+    """By the structure of the network where that is exact and cheap or asked for, else by products."""
+    began, start = time.monotonic(), operator.gradient
     lengths = tuple(entry.numel for entry in operator.space.entries)
-    wanted = settings.structure and search.method == "auto" and operator.n > linalg_trace.SMALL
-    if not wanted or not piecewise_linear.applies(operator.objective, seed):
-        yield from linalg_trace.search(operator, search, lengths=lengths, seed=seed, start=operator.gradient)
-        return
+    if settings.structure and settings.rule == "reverse" and operator.n > linalg_trace.SMALL:
+        most = float(search.max_products)
+        if search.method == "auto":
+            most = min(most, piecewise_linear.probes_expected(search.tolerance))
+        wanted = search.method in ("auto", "exact")
+        if wanted and piecewise_linear.applies(operator.objective, seed, most=most):
+            done = yield from _by_structure(operator, search, lengths, began)
+            if done:
+                return
+        if search.max_seconds is not None:
+            search = replace(search, max_seconds=max(search.max_seconds - (time.monotonic() - began), 1e-9))
+    yield from linalg_trace.search(operator, search, lengths=lengths, seed=seed, start=start)
+
+
+def _by_structure(
+    operator: Operator, search: linalg_trace.Settings, lengths: tuple[int, ...], began: float
+) -> Generator[TraceEstimate, None, bool]:
+    """The trace of the GGN; False, and no value, once its time is seen not to suffice."""
     unknown, none = float("nan"), torch.zeros(0, len(lengths), dtype=torch.float64)
+    cost = f"at the predicted cost of {piecewise_linear.predicted_products(operator.objective):.3g} products"
+    compared = f"where sampling to the tolerance typically takes {piecewise_linear.probes_expected(search.tolerance):,}"
     partial = TraceEstimate(
         value=unknown,
         stderr=unknown,
@@ -200,15 +226,22 @@ def _estimates(
         probes=0,
         products=0,
         method="exact",
-        reason=f"{piecewise_linear.REASON}; no Hessian products, checked on up to {piecewise_linear.CHECKED} diagonal entries",
+        reason=f"{piecewise_linear.REASON}, {cost}, {'as asked' if search.method == 'exact' else compared}; checked on up to "
+        f"{piecewise_linear.CHECKED} diagonal entries of each parameter tensor",
         converged=False,
         tolerance=search.tolerance,
         absolute_tolerance=search.absolute_tolerance,
     )
-    sums = torch.full((len(lengths),), unknown, dtype=torch.float64)
-    for _, so_far in piecewise_linear.ggn_diagonal_sums(operator.objective):
-        sums = so_far
-        yield partial
+    sums, first = torch.full((len(lengths),), unknown, dtype=torch.float64), time.monotonic()
+    try:
+        for share, so_far in piecewise_linear.ggn_diagonal_sums(operator.objective):
+            sums, now = so_far, time.monotonic()
+            left = (now - first) * (1 / share - 1)
+            if search.max_seconds is not None and now - began + left > search.max_seconds:
+                return False
+            yield partial
+    except UnsupportedModel:  # a class of negative weight that the first rows did not have
+        return False
     value = sums.sum().item()
     if not math.isfinite(value):
         raise CurvkitError(
@@ -217,9 +250,10 @@ def _estimates(
         )
     known = {"value": value, "stderr": 0.0, "low": value, "high": value, "converged": True, "exact": True}
     yield replace(partial, **known, rank=operator.n, parts=TraceParts(lengths, sums, none))
+    return True
 
 
-def _fitted(settings: TraceSettings, operator: Hessian) -> linalg_trace.Settings:
+def _fitted(settings: TraceSettings, operator: Operator) -> linalg_trace.Settings:
     """The search within the memory, with several probes at once where graphs are streamed."""
     search = settings.search
     rows = rows_that_fit(operator.objective, settings.memory_bytes, search.max_rows)

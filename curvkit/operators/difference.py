@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -24,11 +24,15 @@ DISAGREEMENT = 1e-3
 """Quotients at h and h / 2 may differ by this share of the larger of them; smooth networks show 1e-7 at most."""
 
 
+NOISE = 1e3 * torch.finfo(torch.float64).eps
+"""Rounding of a gradient, relatively: below NOISE ||g|| / h a disagreement says nothing."""
+
+
 class _Errors:
-    """The largest error estimate and the largest product so far."""
+    """What the extrapolation corrected: in the product at hand, over its batches, and relative to it in the worst one so far."""
 
     def __init__(self) -> None:
-        self.error = self.product = 0.0
+        self.correction = self.worst = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,20 +99,19 @@ class DifferenceGraph(BatchGraph):
         size, total = norm(v), torch.zeros_like(v)
         if size == 0.0:
             return list(space.split(total))
-        correction = torch.zeros_like(v)
+        correction, noise = torch.zeros_like(v), 0.0
         for graph in graphs:
             moving = graph.moving or Moving(graph.at)
             h = STEP * moving.scale / size
+            noise += NOISE * sum(norm(g.flatten()) for g in graph.gradient if g is not None) / h
             wide, narrow = (moving.quotient(graph.at.batches[0], v, step) for step in (h, h / 2))
             total += narrow
             correction += (narrow - wide) / 3
-        _refuse_kinks(
-            norm(3 * correction), max(norm(total), graphs[0].errors.product * size if graphs[0].errors else 0.0)
-        )
+        if norm(3 * correction) > DISAGREEMENT * norm(total) + noise:
+            _refuse_kinks(norm(3 * correction), norm(total))
         total += correction
         if graphs[0].errors is not None:
-            graphs[0].errors.error = max(graphs[0].errors.error, norm(correction) / size)
-            graphs[0].errors.product = max(graphs[0].errors.product, norm(total) / size)
+            graphs[0].errors.correction += norm(correction)
         return list(space.split(total))
 
 
@@ -171,10 +174,34 @@ class DifferenceHessian(BatchwiseOperator):
         super().__init__(double, residency="streamed", budget_bytes=budget_bytes, plan=plan)
         self._point = Point(objective.model)
 
+    def matmat(self, V: Tensor) -> Tensor:
+        """Multiply several vectors one by one, and note the error of each.
+
+        Args:
+            V: [n, k] float64.
+
+        Returns:
+            H V, [n, k].
+
+        Raises:
+            InvalidArgument: If `V` does not fit, or the parameters have changed.
+            UnsupportedModel: If a step crosses a kink.
+
+        Cost: 4 k gradients.
+        """
+        columns = []
+        for v in V.split(1, dim=-1):
+            self._errors.correction = 0.0
+            columns.append(super().matmat(v))
+            size = norm(columns[-1].flatten()) * self._denominator
+            if size > 0.0:
+                self._errors.worst = max(self._errors.worst, self._errors.correction / size)
+        return torch.cat(columns, dim=1) if columns else super().matmat(V)
+
     @property
     def product_error(self) -> float:
-        """Largest error estimate of the products so far, relative to the largest product of a unit vector."""
-        return self._errors.error / self._errors.product if self._errors.product else 0.0
+        """Largest correction so far, summed over the batches, relative to its product: an estimate of the error relative to ||H||."""
+        return self._errors.worst
 
     def _build(self) -> Iterator[BatchGraph]:
         for graph in super()._build():
@@ -191,9 +218,8 @@ def _run_once(objective: Objective) -> None:
             raise
 
 
-def _refuse_kinks(difference: float, size: float) -> None:
-    if difference > DISAGREEMENT * size:
-        raise UnsupportedModel(
-            f"Hessian: differences of gradients at two steps disagree by {difference / max(size, 1e-300):.0e}: the model has kinks (ReLU, "
-            "max-pool) near the point, or computes something in low precision. Use rule='reverse', which does not step over them."
-        )
+def _refuse_kinks(difference: float, size: float) -> NoReturn:
+    raise UnsupportedModel(
+        f"Hessian: differences of gradients at two steps disagree by {difference / max(size, 1e-300):.0e}: the model has kinks (ReLU, "
+        "max-pool) near the point, or computes something in low precision. Use rule='reverse', which does not step over them."
+    )

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
+from curvkit.errors import UnsupportedModel
+from curvkit.objectives import Objective
 from curvkit.operators.batchwise import BatchwiseOperator
 from curvkit.operators.output_graph import OutputGraph
+from curvkit.operators.plan import Plan, Residency
+
+WRONG_TANGENT = 1e-4
+"""Largest |w'(Jv) - v'(J'w)| / (||w|| ||Jv||). Rounding in float32 makes 1e-7; a once_differentiable function about 1 over the root of the
+number of outputs."""
 
 
 class GGN(BatchwiseOperator):
@@ -47,3 +56,21 @@ class GGN(BatchwiseOperator):
     """
 
     kind = OutputGraph
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        residency: Residency | Literal["auto"] = "auto",
+        budget_bytes: int | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        super().__init__(objective, residency=residency, budget_bytes=budget_bytes, plan=plan)
+        with self._measuring():
+            asymmetry = cast(OutputGraph, next(self._graphs())).asymmetry(self.space)
+        if asymmetry > WRONG_TANGENT:
+            raise UnsupportedModel(
+                f"GGN: w'(J v) and v'(J'w) differ by {asymmetry:.0e} of their size for random v and w, so that J v is wrong: the model has "
+                "an operation whose backward pass torch cannot differentiate, and does not say so, as a custom function marked "
+                "once_differentiable. Write its backward pass with differentiable operations."
+            )

@@ -9,10 +9,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from curvkit import seeds
 from curvkit.errors import UnknownObjective
+from curvkit.linalg.basis import dot, norm
 from curvkit.losses import KnownLoss, LossTerms, OutputHessian, hessian_in_outputs
 from curvkit.objectives import Objective
 from curvkit.operators.graph import BatchGraph, explained, finite_total
+from curvkit.parameters import ParameterSpace
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +121,42 @@ class OutputGraph(BatchGraph):
             return list(
                 torch.autograd.grad(outputs, graphs[0].parameters, weighed, retain_graph=keep, allow_unused=True)
             )
+
+    def asymmetry(self, space: ParameterSpace) -> float:
+        """Hold J v, which differentiates a backward pass, against J'w, which is one.
+
+            |w'(J v) - v'(J'w)| / (||w|| ||J v||)    for random v and w
+
+        Args:
+            space: Of the parameters.
+
+        Returns:
+            Rounding if J v is right; 0 without outputs that depend on the parameters.
+
+        Cost: two gradients of the batch.
+        """
+        linear = self.linearization
+        if linear is None:
+            return 0.0
+        z = linear.outputs
+        v = space.split(seeds.normal(space.n, 0, "tangent", 0, dtype=z.dtype, device=z.device))
+        w = seeds.normal(z.numel(), 0, "tangent", 1, dtype=z.dtype, device=z.device).view_as(z)
+        used = [
+            (t, piece, p) for t, piece, p in zip(linear.transposed, v, self.parameters, strict=True) if t is not None
+        ]
+        if not used:
+            return 0.0
+        transposed, directions, parameters = zip(*used, strict=True)
+        with explained(self.matrix):
+            (Jv,) = torch.autograd.grad(
+                transposed, linear.cotangent, directions, retain_graph=True, materialize_grads=True
+            )
+            Jw = torch.autograd.grad(z, parameters, w, retain_graph=True)
+        difference = dot(w.flatten(), Jv.flatten()) - sum(
+            dot(g.flatten(), d.flatten()) for g, d in zip(Jw, directions, strict=True)
+        )
+        size = norm(w.flatten()) * norm(Jv.flatten())
+        return abs(difference) / size if size > 0.0 else float(difference != 0.0)
 
 
 def _refuse_other_ways(objective: Objective, terms: LossTerms) -> None:

@@ -25,15 +25,29 @@ TINY = torch.finfo(torch.float64).tiny
 
 ROWS = 2
 """Examples that are looked at: few, so that few kinks lie near the point."""
-STEPS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
-"""Of the difference, times 1 + ||theta||, for a direction of unit length."""
-AGREES = 1e-5
-"""A difference quotient this close to H v shows that the product is right. Seen: right at most 6e-8, wrong at least 3e-2."""
 PLATEAU = 0.25
 """Mismatches at three neighbouring steps that vary by at most this share of the largest are the same number: H v is something else."""
-ASYMMETRIC = 1e-6
-"""Largest |u'Hv - v'Hu| / ||H v|| of rounding, also where something inside is computed in float32. Seen: right at most 1e-8, wrong at
-least 3e-5."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the probes do in a precision, and what they may show."""
+
+    steps: tuple[float, ...]
+    """Of the difference, times 1 + ||theta||, for a direction of unit length."""
+    agrees: float
+    """A difference quotient this close to H v shows that the product is right."""
+    repeated: float
+    """Largest difference of two products with the same vector, relative; on the CPU they have the same bits."""
+    asymmetric: float
+    """Largest |u'Hv - v'Hu| / ||H v|| of rounding."""
+
+
+IN_DOUBLE = Limits((1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9), 1e-5, 1e-9, 1e-6)
+"""Seen: right at most 1e-5 at some step, wrong at least 1e-2 at all. Symmetry, also with something inside in float32: right at most 1e-8,
+wrong at least 3e-5."""
+IN_SINGLE = Limits((3e-2, 1e-2, 3e-3, 1e-3), 1e-2, 1e-5, 1e-4)
+"""Smaller steps drown in rounding, 1e-7 / h."""
 FLOOR = 1e-3
 """Parameters whose part of H v is smaller than this share of it are judged relative to that share."""
 REPEATED = 1e-9
@@ -64,6 +78,11 @@ class Preflight:
         """The least mismatch; NaN if none was computed."""
         return min(self.mismatches.values(), default=math.nan)
 
+    @property
+    def limits(self) -> Limits:
+        """What was allowed."""
+        return IN_DOUBLE if self.dtype == "float64" else IN_SINGLE
+
     def to_dict(self) -> dict[str, Any]:
         """The evidence as plain values.
 
@@ -93,11 +112,11 @@ class Preflight:
         )
 
     def _evidence(self) -> str:
-        if not self.repeatability <= REPEATED:
+        if not self.repeatability <= self.limits.repeated:
             return f"two products with the same vector differ by {self.repeatability:.0e}"
-        if not self.asymmetry <= ASYMMETRIC:
+        if not self.asymmetry <= self.limits.asymmetric:
             return f"they are not symmetric ({self.asymmetry:.0e})"
-        return f"differences of gradients are off by {self.mismatch:.0e} at every step"
+        return f"differences of gradients are off by {self.mismatch:.0e} or more at every step"
 
     def _named(self) -> str:
         if not self.suspects:
@@ -150,10 +169,10 @@ def preflight(objective: Objective) -> Preflight:
         repeatability = asymmetry = 0.0
     else:
         repeatability, asymmetry = norm(Hv - again) / size, abs(dot(u, Hv) - dot(v, Hu)) / size
-    agrees = min(mismatches.values()) <= AGREES
-    wrong = not (repeatability <= REPEATED and asymmetry <= ASYMMETRIC) or (
-        not agrees and _plateau([*mismatches.values()])
-    )
+    limits = IN_DOUBLE if dtype == torch.float64 else IN_SINGLE
+    agrees = min(mismatches.values()) <= limits.agrees
+    consistent = repeatability <= limits.repeated and asymmetry <= limits.asymmetric
+    wrong = not consistent or (not agrees and _plateau([*mismatches.values()], limits.agrees))
     verdict: Verdict = "wrong" if wrong else "right" if agrees else "not checked"
     return Preflight(
         verdict,
@@ -247,9 +266,10 @@ def _filled(pieces: list[Tensor | None], probe: Objective) -> list[Tensor]:
 def _mismatches(probe: Objective, v: Tensor, Hv: Tensor) -> dict[float, float]:
     """The difference quotient at each step against H v, until one agrees."""
     moving, found = Moving(probe), dict[float, float]()
-    for step in STEPS:
+    limits = IN_DOUBLE if probe.dtype == torch.float64 else IN_SINGLE
+    for step in limits.steps:
         found[step] = _mismatch(probe, moving.quotient(probe.batches[0], v, step * moving.scale), Hv)
-        if found[step] <= AGREES:
+        if found[step] <= limits.agrees:
             break
     return found
 
@@ -263,7 +283,7 @@ def _mismatch(probe: Objective, quotient: Tensor, Hv: Tensor) -> float:
     return max(shares, default=0.0)
 
 
-def _plateau(mismatches: list[float]) -> bool:
+def _plateau(mismatches: list[float], agrees: float) -> bool:
     """Whether three neighbouring steps give the same mismatch, above what counts as agreement."""
     triples = zip(mismatches, mismatches[1:], mismatches[2:], strict=False)
-    return any(min(three) > AGREES and max(three) - min(three) <= PLATEAU * max(three) for three in triples)
+    return any(min(three) > agrees and max(three) - min(three) <= PLATEAU * max(three) for three in triples)
