@@ -88,14 +88,14 @@ def sharpness_steps(
     """
     settings, began, seed = settings or SharpnessSettings(), time.perf_counter(), seeds.settle(seed)
     refuse_small_memory("sharpness", objective, settings.memory_bytes)
+    found = preflight(objective) if settings.preflight and settings.rule == "reverse" else None
+    if found is not None:
+        refuse_wrong(found)
     make = OPERATORS[settings.rule]
     operator = make(objective, residency=settings.residency, budget_bytes=_graph_budget(settings))
     rows = rows_that_fit(operator.objective, settings.memory_bytes, settings.search.max_rows)
     search = replace(settings.search, max_rows=rows)
     start = operator.gradient if search.which != "smallest" else None
-    found = preflight(objective) if settings.preflight and settings.rule == "reverse" else None
-    if found is not None:
-        refuse_wrong(found)
     other, doubted = _other_arithmetic(operator, settings)
     result: Sharpness | None = None
     for pairs in lanczos.search(operator, search, start=start, seed=seed, other=other):

@@ -12,7 +12,7 @@ from curvkit.measures.traces import TraceSettings
 from curvkit.measures.vectors import refuse_small_memory, rows_that_fit
 from curvkit.objectives import Objective
 from curvkit.operators.forecast import Forecast, forecast
-from curvkit.operators.graph import BatchGraph, GradientGraph
+from curvkit.operators.graph import BatchGraph
 from curvkit.operators.plan import Plan, choose
 
 FIRST_EIGENVALUE, EACH_FURTHER = 15, 10
@@ -92,19 +92,20 @@ def forecast_trace(objective: Objective, settings: TraceSettings | None = None) 
     """
     settings = settings or TraceSettings()
     refuse_small_memory("trace", objective, settings.memory_bytes)
-    objective, search = objective.raised(), settings.search
-    n, memory = objective.parameters.n, settings.memory_bytes
+    difference, search = settings.rule == "difference", settings.search
+    objective = objective.converted(dtype=torch.float64) if difference else objective.raised()
+    n, memory, kind = objective.parameters.n, settings.memory_bytes, OPERATORS[settings.rule].kind
     plan = choose(
         objective,
-        residency=settings.residency,
+        residency="streamed" if difference else settings.residency,
         budget_bytes=None if memory is None else memory // 2,
-        kind=GradientGraph,
+        kind=kind,
     )
     exact = search.method == "exact" or (search.method == "auto" and n <= linalg_trace.SMALL)
     products = min(n, search.max_products) if exact else min(PROBES, search.max_products)
     rows = rows_that_fit(objective, memory, search.max_rows)
     held = linalg_trace.CHUNK if exact else products
-    return _forecast(objective, replace(plan, basis_rows=rows), products=products, held=held, kind=GradientGraph)
+    return _forecast(objective, replace(plan, basis_rows=rows), products=products, held=held, kind=kind)
 
 
 def _forecast(objective: Objective, plan: Plan, *, products: int, held: int, kind: type[BatchGraph]) -> Forecast:

@@ -28,6 +28,8 @@ ARITHMETIC, TRAFFIC = 1.5, 50.0
 gradients of single examples are written out, where those of a batch are one matrix product. Measured on one CPU thread: 4 to 75."""
 CHUNK_BYTES = 64 << 20
 """For the gradients of the examples that are taken together."""
+FIRST = 64
+"""Examples of the first piece, small so that a limit of time is seen early to be too short."""
 CHECKED = 8
 """Diagonal entries of each parameter tensor that are compared with true Hessian products."""
 AGREES = 1e3
@@ -154,8 +156,10 @@ def ggn_diagonal_sums(objective: Objective) -> Iterator[tuple[float, Tensor]]:
             z = objective.outputs(index)[0].detach()
             weights.append(objective.terms_of(z, targets).weight)
             S = torch.stack(list(hessian_in_outputs(objective.loss, z, targets).factor_columns()), dim=1)  # [N, C, ...]
-        for begin in range(0, len(S), chunk):
-            piece = slice(begin, begin + chunk)
+        begin = 0
+        while begin < len(S):
+            piece = slice(begin, begin + (chunk if done else min(chunk, FIRST)))
+            begin = piece.stop
             with objective.measuring():
                 found = vmap(squares)(tuple(x[piece] for x in inputs), S[piece])
             total = total + found.sum(0).cpu()
