@@ -319,12 +319,18 @@ def test_stopped_intervals_hold_the_truth(name: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "deflated", "hutch++", "xtrace"])
-@pytest.mark.parametrize("name", ["flat", "outliers", "rank one on three coordinates", "network, tanh"])
+@pytest.mark.parametrize(
+    "name", ["flat", "outliers", "rank one on three coordinates", "negative rank one", "network, tanh"]
+)
 def test_stopped_intervals_of_every_method(method: Any, name: str):
     """600 runs of the real loop, n just above the order that is always done exactly; 0.94 less 4 standard errors of 0.0097."""
-    A = {"flat": flat, "outliers": with_outliers, "rank one on three coordinates": lambda: rank_one(150, 3)}.get(
-        name, lambda: network(16, nn.Tanh, 0)
-    )()
+    A = {
+        "flat": flat,
+        "outliers": with_outliers,
+        "rank one on three coordinates": lambda: rank_one(150, 3),
+        "negative rank one": lambda: (3.0 * torch.eye(150).double() - rank_one(150, 150)) / 150,
+        "network, tanh": lambda: network(16, nn.Tanh, 0),
+    }[name]()
     truth, hits = A.trace().item(), 0
     for seed in range(600):
         found = trace.estimate(DenseMap(A), method=method, tolerance=0.03, max_products=120, seed=seed)
