@@ -14,11 +14,9 @@ from torch import nn
 from curvkit.errors import UnsupportedModel
 from curvkit.objectives.rewriting import twice_differentiable
 
-PRECISION_SWITCHES = tuple(
-    (backend, operator)
-    for backend, operators in (("cuda", ("matmul", "conv", "rnn")), ("mkldnn", ("matmul", "conv", "rnn")))
-    for operator in operators
-)
+PRECISION_SWITCHES = {
+    backend: tuple((backend, operator) for operator in ("matmul", "conv", "rnn")) for backend in ("cuda", "mkldnn")
+}
 """Where torch may replace float32 by TF32 or bfloat16."""
 ATTENTION_SWITCHES = (
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp, False),
@@ -112,7 +110,7 @@ def exact_arithmetic(model: nn.Module) -> Generator[None]:
         if not torch.is_grad_enabled():
             stack.enter_context(torch.enable_grad())
         stack.enter_context(_switched(ATTENTION_SWITCHES))
-        stack.enter_context(_ieee_precision())
+        stack.enter_context(_ieee_precision("cuda" if on_cuda else "mkldnn"))
         for kind in ("cpu", "cuda") if on_cuda else ("cpu",):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -136,8 +134,8 @@ def _switched(switches: tuple[tuple[Callable[[], bool], Callable[[bool], None], 
 
 
 @contextlib.contextmanager
-def _ieee_precision() -> Generator[None]:
-    """Full float32 in matrix products, convolutions and recurrent layers of every backend, whatever the user chose for training.
+def _ieee_precision(backend: str) -> Generator[None]:
+    """Full float32 in matrix products, convolutions and recurrent layers of a backend, whatever the user chose for training.
 
     One switch per operator, read and written through the same interface: torch refuses to read what was written through another.
     """
@@ -152,7 +150,7 @@ def _ieee_precision() -> Generator[None]:
             torch.set_float32_matmul_precision(before[0])
             torch.backends.cudnn.allow_tf32 = before[1]
         return
-    chosen = {switch: read(*switch) for switch in PRECISION_SWITCHES}
+    chosen = {switch: read(*switch) for switch in PRECISION_SWITCHES[backend]}
     changed = {switch: precision for switch, precision in chosen.items() if precision != "ieee"}
     for switch in changed:
         write(*switch, "ieee")

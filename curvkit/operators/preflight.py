@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import traceback
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -157,7 +158,7 @@ def preflight(objective: Objective) -> Preflight:
     probe = _in_float64(_few_rows(objective.raised()))
     n, dtype, device = probe.parameters.n, probe.dtype, probe.device
     u, v = (seeds.normal(n, 0, "preflight", index, dtype=dtype, device=device) for index in range(2))
-    with _explained(NotImplementedError):
+    with _explained():
         fixed = padding_rows(probe)
     for w in (u, v):
         _hold(probe, w, fixed)
@@ -236,7 +237,7 @@ def _in_float64(objective: Objective) -> Objective:
 def _products(probe: Objective, vectors: tuple[Tensor, ...]) -> list[Tensor]:
     """H v for each vector, all from one graph."""
     made = []
-    with probe.measuring(), _explained(RuntimeError):
+    with probe.measuring(), _explained():
         graph = GradientGraph.build(probe, 0)
         for v in vectors:
             pieces = GradientGraph.product([graph], list(probe.parameters.split(v)), keep=True)
@@ -245,13 +246,16 @@ def _products(probe: Objective, vectors: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _explained(kind: type[RuntimeError]) -> Generator[None]:
-    """Say what can be done about an operation without a derivative; in a forward pass only torch's NotImplementedError is one."""
+def _explained() -> Generator[None]:
+    """Say what can be done about an operation without a derivative; errors of the user's own lines stay as they are."""
     try:
         yield
     except CurvkitError:
         raise
-    except kind as error:
+    except RuntimeError as error:
+        modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if not isinstance(error, NotImplementedError) and "torch.autograd.graph" not in modules:
+            raise  # not in a backward pass
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(
             f"preflight: the model or its loss cannot be differentiated twice ({reason}). Replace that operation, or measure by "
