@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
 from curvkit.linalg import FunctionMap, lanczos
-from curvkit.measures import SharpnessSettings, sharpness
+from curvkit.measures import SharpnessSettings, sharpness, trace
 from curvkit.measures.data_doubt import parts_of
 from curvkit.models import MLP
 from curvkit.objectives import Objective
@@ -146,3 +146,11 @@ def test_representations_are_short():
     assert repr(Hessian(it)).startswith("Hessian(n=43, reverse over reverse, retained (")
     assert repr(sharpness(it, seed=0)).startswith("Sharpness(")
     assert len(repr(sharpness(it, seed=0))) < 300
+
+
+def test_the_representation_of_a_trace_is_short():
+    it = Objective(MLP([4, 5, 3]), F.cross_entropy, [(draw(8, 4), torch.arange(8) % 3)])
+    shown = repr(trace(it, seed=0))
+    assert shown.startswith("Trace(")
+    assert "converged; Hessian of cross_entropy" in shown
+    assert len(shown) < 300

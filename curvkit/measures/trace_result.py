@@ -67,6 +67,12 @@ class Trace:
     cross_check: CrossCheck | None = None
     """The same by another library; None if that was not asked."""
 
+    def __repr__(self) -> str:
+        """The value with its interval, and what it belongs to."""
+        it = self.estimate
+        shown = f"{it.value:.6g} in [{it.low:.6g}, {it.high:.6g}]"
+        return f"Trace({shown}, {it.method}, {'' if it.converged else 'not '}converged; {self.definition})"
+
     @property
     def value(self) -> float:
         """The trace."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-END_BYTES = 1 << 14
+END_BYTES = 1 << 12
 """Bytes that are kept of either end of a tensor."""
 
 
@@ -54,7 +54,7 @@ class Point:
     Args:
         model: Any module.
 
-    Cost: of a comparison at most 32 KiB read per tensor, and one call of torch for all of them: next to nothing beside a product.
+    Cost: of a comparison at most 8 KiB read per tensor, and one call of torch for all of them: next to nothing beside a product.
 
     Example:
         >>> model = nn.Linear(2, 1)
