@@ -369,8 +369,8 @@ REFUSED: dict[str, tuple[Callable[[], Objective], type[CurvkitError], str]] = {
     "ignored": (ignored, UnsupportedModel, r"batch 1 has no loss term.*its mean, which is NaN\. Leave that batch out"),
     "scope": (
         scoped,
-        UnsupportedModel,
-        r"copy of the model has another gradient than the model itself.*outer scope.*Let the model return",
+        UnknownObjective,
+        r"PyHessian runs on a copy of the model\..*uses the parameter .* of the model from an outer scope.*BatchLoss",
     ),
     "device": (
         lambda: Objective(net().eval().to("meta"), F.cross_entropy, [tuple(part.to("meta") for part in examples())]),

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
-from curvkit.linalg.basis import norm
 from curvkit.losses.kinds import OtherLoss
 from curvkit.objectives import Objective
 
@@ -65,14 +64,17 @@ def weighting(objective: Objective, which: str = "magnitude") -> Weighting:
     """
     _refuse_forms(objective, which)
     _refuse_other_functions(objective)
-    gradient, weights = _gradient(objective)
-    copied, _ = _gradient(objective.copied())
-    if norm(copied - gradient) > torch.finfo(gradient.dtype).eps ** 0.5 * norm(gradient):
-        raise UnsupportedModel(
-            "cross-check: a copy of the model has another gradient than the model itself, so that the loss uses the model from an outer "
-            f"scope; PyHessian runs on a copy. Let the model return what the loss needs, {LEAVE_OUT}."
-        )
+    _, weights = _gradient(objective)
+    _refuse_outer_model(objective)
     return Weighting(tuple(batch[0].shape[0] for batch in objective.batches), weights)
+
+
+def _refuse_outer_model(objective: Objective) -> None:
+    """PyHessian runs on a copy of the model, which a loss that holds on to the original would not see."""
+    try:
+        _gradient(objective.copied())
+    except UnknownObjective as error:
+        raise UnknownObjective(f"cross-check: PyHessian runs on a copy of the model. {error}") from error
 
 
 def _refuse_forms(objective: Objective, which: str) -> None:
