@@ -130,8 +130,8 @@ def sharpness_steps(
                 result = replace(result, plan=plan, notes=(*result.notes, operator.notes[-1]))
             yield replace(result, seconds=time.perf_counter() - began)
             del operator  # and with it the graphs of all the data, before those of a half are made
-            for doubted in _with_halves(result, objective, replace(settings, search=search)):
-                result = replace(doubted, seconds=time.perf_counter() - began)
+            for bracketed in _with_halves(result, objective, replace(settings, search=search)):
+                result = replace(bracketed, seconds=time.perf_counter() - began)
                 yield result
         except Exception as error:  # the user's model on a part of the data; the eigenvalues stand
             if _is_our_fault(error):
@@ -234,13 +234,13 @@ def _other_arithmetic(
     """How the rounding of products is seen, and a note where that is not as asked."""
     if operator.dtype == torch.float64 or isinstance(operator, DifferenceHessian):
         return lanczos.OtherArithmetic(), ()
-    perturbed = lanczos.OtherArithmetic(perturbed=(PerturbedHessian(operator, 0), PerturbedHessian(operator, 1)))
-    if settings.rounding == "perturbation" or (settings.rounding == "auto" and _convolves(operator.objective)):
-        return perturbed, ()
-    try:
-        return lanczos.OtherArithmetic(DoubleHessian(operator)), ()
-    except UnsupportedModel as error:
-        return perturbed, (f"residuals are of {_named(operator.dtype)} products: {error}",)
+    notes: tuple[str, ...] = ()
+    if settings.rounding == "float64" or (settings.rounding == "auto" and not _convolves(operator.objective)):
+        try:
+            return lanczos.OtherArithmetic(DoubleHessian(operator)), ()
+        except UnsupportedModel as error:
+            notes = (f"residuals are of {_named(operator.dtype)} products: {error}",)
+    return lanczos.OtherArithmetic(perturbed=(PerturbedHessian(operator, 0), PerturbedHessian(operator, 1))), notes
 
 
 def _convolves(objective: Objective) -> bool:

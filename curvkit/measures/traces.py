@@ -83,12 +83,12 @@ def trace_steps(
     """
     settings, began, seed = settings or TraceSettings(), time.perf_counter(), seeds.settle(seed)
     refuse_small_memory("trace", objective, settings.memory_bytes)
-    graphs = None if settings.memory_bytes is None else settings.memory_bytes // 2
-    operator = OPERATORS[settings.rule](objective, residency=settings.residency, budget_bytes=graphs)
-    search = _fitted(settings, operator)
     checked = preflight(objective) if settings.preflight and settings.rule == "reverse" else None
     if checked is not None:
         refuse_wrong(checked)
+    graphs = None if settings.memory_bytes is None else settings.memory_bytes // 2
+    operator = OPERATORS[settings.rule](objective, residency=settings.residency, budget_bytes=graphs)
+    search = _fitted(settings, operator)
     result: Trace | None = None
     for found in _estimates(operator, settings, search, seed):
         by_layer, by_parameter = shares(operator.objective.model, operator.space, found.parts)
