@@ -21,7 +21,8 @@ from curvkit.losses import BatchLoss, token_cross_entropy
 from curvkit.measures import sharpness
 from curvkit.models import Decoder
 from curvkit.objectives import Objective
-from curvkit.objectives.surroundings import exact_arithmetic, random_state, undisturbed
+from curvkit.objectives.arithmetic import ExactArithmetic
+from curvkit.objectives.surroundings import random_state, undisturbed
 from curvkit.operators import Hessian
 from curvkit.testing import check_operator
 
@@ -246,7 +247,7 @@ def test_flags_inside_and_after():
     model = nn.Linear(2, 2)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = surroundings(model)
-        with exact_arithmetic(model):
+        with ExactArithmetic(model):
             assert torch.is_grad_enabled()
             assert not torch.is_autocast_enabled("cpu")
             assert not torch.backends.mha.get_fastpath_enabled()
@@ -255,7 +256,7 @@ def test_flags_inside_and_after():
             assert not torch.backends.cuda.mem_efficient_sdp_enabled()
             assert model(torch.ones(1, 2)).dtype is torch.float32
         assert surroundings(model) == before
-        with pytest.raises(KeyboardInterrupt), exact_arithmetic(model):
+        with pytest.raises(KeyboardInterrupt), ExactArithmetic(model):
             raise KeyboardInterrupt
         assert surroundings(model) == before
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from curvkit.errors import UnknownObjective, UnsupportedModel
 from curvkit.losses import Batch, LossTerms
 from curvkit.losses.batches import tensors
+from curvkit.objectives.arithmetic import ExactArithmetic
 from curvkit.objectives.modes import refuse_gradient_hooks, refuse_random_modules
 from curvkit.objectives.problem import Problem
-from curvkit.objectives.surroundings import exact_arithmetic, random_state, undisturbed
+from curvkit.objectives.surroundings import random_state, undisturbed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,7 +66,7 @@ class Objective(Problem):
                 refuse_random_modules(module, len(self.batches))
                 refuse_gradient_hooks(module)
                 stack.enter_context(undisturbed(module))
-            stack.enter_context(exact_arithmetic(self.model))
+            stack.enter_context(ExactArithmetic(self.model))
             yield
 
     def terms(self, index: int) -> LossTerms:

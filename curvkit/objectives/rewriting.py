@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
 
-@contextlib.contextmanager
-def twice_differentiable(model: nn.Module) -> Generator[None]:
+class TwiceDifferentiable(contextlib.AbstractContextManager["TwiceDifferentiable"]):
     """While active: weight_norm written out, dense gradients of embeddings, compiled modules run eagerly.
 
         w = g v / ||v||,    the norm over all dimensions but one
@@ -23,38 +22,52 @@ def twice_differentiable(model: nn.Module) -> Generator[None]:
     2.13), sparse gradients cannot be differentiated, and compiled modules cannot be differentiated twice.
 
     Args:
-        model: Its modules are looked through, and left as they were.
+        model: Its modules are looked through once, here, and are left as they were on leaving.
 
     Example:
         >>> layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
         >>> before = layer.weight.detach()
-        >>> with twice_differentiable(layer):
+        >>> with TwiceDifferentiable(layer):
         ...     torch.allclose(layer.weight, before)
         True
     """
-    undo: list[Callable[[], None]] = []
-    compiled = False
-    try:
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._patches: list[tuple[Any, str, Callable[..., Tensor]]] = []
+        self._sparse: list[nn.Embedding] = []
+        self._compiled = False
+        self._undo = contextlib.ExitStack()
         module: Any
         for module in model.modules():
             kind = type(module)
             if kind.__name__ == "_WeightNorm" and kind.__module__ == "torch.nn.utils.parametrizations":
-                _patch(module, "forward", partial(_normalised, module.dim), undo)
+                self._patches.append((module, "forward", partial(_normalised, module.dim)))
             elif isinstance(module, nn.Embedding) and module.sparse:
-                module.sparse = False
-                undo.append(partial(setattr, module, "sparse", True))
+                self._sparse.append(module)
             for hook in vars(module)["_forward_pre_hooks"].values():
                 if isinstance(hook, WeightNorm):
-                    _patch(hook, "compute_weight", partial(_old_style, hook), undo)
-            compiled |= kind.__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-        if not compiled:
-            yield
-            return
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for step in reversed(undo):
-            step()
+                    self._patches.append((hook, "compute_weight", partial(_old_style, hook)))
+            self._compiled |= (
+                kind.__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+            )
+
+    def __enter__(self) -> Self:
+        """Put the other computations in place; a method that the user set on an instance stays."""
+        for owner, name, function in self._patches:
+            if name not in vars(owner):
+                setattr(owner, name, function)
+                self._undo.callback(delattr, owner, name)
+        for embedding in self._sparse:
+            embedding.sparse = False
+            self._undo.callback(setattr, embedding, "sparse", True)
+        if self._compiled:
+            self._undo.enter_context(torch.compiler.set_stance("force_eager"))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Take them away."""
+        self._undo.close()
 
 
 def deep_copy(model: nn.Module) -> nn.Module:
@@ -79,13 +92,6 @@ def deep_copy(model: nn.Module) -> nn.Module:
     finally:
         for module, name, value in held:
             setattr(module, name, value)
-
-
-def _patch(owner: Any, name: str, function: Callable[..., Tensor], undo: list[Callable[[], None]]) -> None:
-    """Set a method on the instance alone; one that the user set there stays."""
-    if name not in vars(owner):
-        setattr(owner, name, function)
-        undo.append(partial(delattr, owner, name))
 
 
 def _normalised(dim: int, g: Tensor, v: Tensor) -> Tensor:

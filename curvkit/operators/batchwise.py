@@ -13,7 +13,7 @@ from torch import Tensor
 from curvkit.errors import InvalidArgument, UnknownObjective
 from curvkit.linalg.basis import dot
 from curvkit.objectives import Objective
-from curvkit.objectives.surroundings import exact_arithmetic
+from curvkit.objectives.arithmetic import ExactArithmetic
 from curvkit.operators.folding import FoldBatchNorm
 from curvkit.operators.graph import BatchGraph, refuse_not_finite
 from curvkit.operators.memory import release
@@ -74,6 +74,7 @@ class BatchwiseOperator:
         """The present one; another than at first if memory ran out."""
         self.notes: tuple[str, ...] = ()
         """What a reader of the results should know: how the plan was changed."""
+        self._arithmetic, self._folding = ExactArithmetic(objective.model), FoldBatchNorm(objective.model)
         self._divide()
         self.products = 0
         """Products computed so far, in passes over the data."""
@@ -240,14 +241,14 @@ class BatchwiseOperator:
 
     @contextlib.contextmanager
     def _measuring(self) -> Generator[None]:
-        with self.objective.measuring(), FoldBatchNorm(self.objective.model):
+        with self.objective.measuring(), self._folding:
             yield
 
     def _multiplied(self, pieces: list[list[Tensor]]) -> list[Tensor]:
         """Products with vectors, given parameter-shaped."""
         if self._retained is not None and len(self._retained) < MANY_BATCHES:
             # No forward pass, unless activation checkpointing repeats one: nothing else could be disturbed.
-            with exact_arithmetic(self.objective.model), FoldBatchNorm(self.objective.model):
+            with self._arithmetic, self._folding:
                 return [self._mean(self.kind.product(self._retained, v, keep=True)) for v in pieces]
         with self._measuring():
             return [row.div_(self._denominator).to(self.dtype) for row in self._summed(pieces)]

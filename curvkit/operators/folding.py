@@ -45,7 +45,7 @@ class FoldBatchNorm(contextlib.AbstractContextManager["FoldBatchNorm"]):
     shorter, but under such a mode `torch.nn.functional.l1_loss` forgets its weight (torch 2.13).
 
     Args:
-        model: Its layers are looked through.
+        model: Its layers are looked through once, here; it may be entered again after it was left.
 
     Cost: one more forward pass through the folded layers, once per graph.
 
@@ -62,22 +62,24 @@ class FoldBatchNorm(contextlib.AbstractContextManager["FoldBatchNorm"]):
         self.folded = 0
         """How many normalisations were folded."""
         self._calls: dict[int, _Call] = {}
-        own: list[Any] = [module for module in model.modules() if "forward" not in vars(module)]
-        self._norms = [module for module in own if type(module) in NORMS and module.running_mean is not None]
-        self._maps = [module for module in own if type(module) in LINEAR_MAPS] if self._norms else []
+        modules: list[Any] = list(model.modules())
+        self._norms = [module for module in modules if type(module) in NORMS and module.running_mean is not None]
+        self._maps = [module for module in modules if type(module) in LINEAR_MAPS] if self._norms else []
+        self._replaced: list[Any] = []
 
     def __enter__(self) -> FoldBatchNorm:
-        """Replace the layers' forward methods."""
-        for layer in self._maps:
-            layer.forward = partial(self._remember, layer, layer.forward)
-        for norm in self._norms:
-            norm.forward = partial(self._normalise, norm, norm.forward)
+        """Replace the layers' forward methods, but for one that has been patched."""
+        for modules, method in ((self._maps, self._remember), (self._norms, self._normalise)):
+            for module in modules:
+                if "forward" not in vars(module):
+                    module.forward = partial(method, module, module.forward)
+                    self._replaced.append(module)
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Give the layers their own forward methods back."""
-        for module in (*self._maps, *self._norms):
-            del module.forward
+        while self._replaced:
+            del self._replaced.pop().forward
         self._calls.clear()
 
     def _remember(self, layer: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
