@@ -1,8 +1,9 @@
 """Files with weights: recognised without unpickling, read as data, written so that they say what they are."""
 
+from curvkit.checkpoints.checkpoint import Checkpoint
 from curvkit.checkpoints.detection import Detected, detect
 from curvkit.checkpoints.fitting import fit
-from curvkit.checkpoints.reading import Checkpoint, digest, read
+from curvkit.checkpoints.reading import digest, read
 from curvkit.checkpoints.recipes import Recipe
 from curvkit.checkpoints.writing import save
 

@@ -9,7 +9,6 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from curvkit.checkpoints.allowed import SAFE_GLOBALS
+from curvkit.checkpoints.checkpoint import Checkpoint
 from curvkit.checkpoints.detection import UNREADABLE, Detected, detect
 from curvkit.errors import RefusedCheckpoint
 
@@ -26,54 +26,6 @@ STEP_KEYS = ("step", "global_step", "iter_num", "iteration", "epoch")
 
 FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 """How torch names what it will not load."""
-
-
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """What a file holds, as plain data."""
-
-    path: Path
-    kind: str
-    """"state dict", "training dict" or "checkpoint of curvkit.save"."""
-    weights: dict[str, Tensor]
-    optimizer: Mapping[str, Any] | None
-    step: int | None
-    recipe: Mapping[str, Any] | None
-    """The data recipe that `curvkit.save` wrote."""
-    keys: tuple[str, ...] = ()
-    """Top-level keys of a training dict."""
-    weight_keys: tuple[str, ...] = ()
-    """Those of them that hold tensors by name; `weights` are those of the first."""
-    optimizer_names: list[list[str]] | None = field(default=None)
-    """Parameter names per group, in the order of the optimizer's state."""
-
-    @property
-    def numel(self) -> int:
-        """Numbers in all weights, buffers included."""
-        return sum(tensor.numel() for tensor in self.weights.values())
-
-    @property
-    def lr(self) -> list[float]:
-        """Distinct learning rates of the optimizer's groups, in order."""
-        groups = (self.optimizer or {}).get("param_groups")
-        rates = [group.get("lr") for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
-        return list(
-            dict.fromkeys(
-                float(lr) for lr in rates if isinstance(lr, int | float) or (isinstance(lr, Tensor) and lr.numel() == 1)
-            )
-        )
-
-    def __str__(self) -> str:
-        """One line for people."""
-        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.weights.values()})
-        tensors = "1 tensor" if len(self.weights) == 1 else f"{len(self.weights)} tensors"
-        numbers = "1 number" if self.numel == 1 else f"{self.numel:,} numbers"
-        parts = [self.kind, f"{tensors}, {numbers}, {', '.join(dtypes)}"]
-        if self.step is not None:
-            parts.append(f"step {self.step}")
-        if self.lr:
-            parts.append(f"optimizer with lr {', '.join(f'{lr:.4g}' for lr in self.lr[:3])}")
-        return " · ".join(parts)
 
 
 def read(path: Path) -> Checkpoint:

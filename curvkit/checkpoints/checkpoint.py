@@ -1,0 +1,68 @@
+"""What a checkpoint holds, once it has been read as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a file or directory holds, as plain data, whatever wrote it."""
+
+    path: Path
+    kind: str
+    """In words: "state dict", "training dict", "checkpoint of curvkit.save", "Hugging Face directory", ..."""
+    weights: dict[str, Tensor]
+    optimizer: Mapping[str, Any] | None
+    step: int | None
+    recipe: Mapping[str, Any] | None
+    """The data recipe that `curvkit.save` wrote."""
+    keys: tuple[str, ...] = ()
+    """Top-level keys of a training dict."""
+    weight_keys: tuple[str, ...] = ()
+    """Those of them that hold tensors by name; `weights` are those of the first."""
+    optimizer_names: list[list[str]] | None = None
+    """Parameter names per group, in the order of the optimizer's state."""
+    removed: tuple[str, ...] = ()
+    """Prefixes of wrappers (DistributedDataParallel, torch.compile, FSDP) that were taken from the names."""
+    variants: tuple[str, ...] = ()
+    """Other sets of weights in the file that could have been taken, for example "ema"."""
+    config: Mapping[str, Any] | None = None
+    """What the file says of the model: config.json of Hugging Face, model_args of nanoGPT, hyper_parameters of Lightning."""
+    base: Path | None = None
+    """Of an adapter: the directory of the model that it belongs to."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know, for example that the format has no checksum."""
+
+    @property
+    def numel(self) -> int:
+        """Numbers in all weights, buffers included."""
+        return sum(tensor.numel() for tensor in self.weights.values())
+
+    @property
+    def lr(self) -> list[float]:
+        """Distinct learning rates of the optimizer's groups, in order."""
+        groups = (self.optimizer or {}).get("param_groups")
+        rates = [group.get("lr") for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
+        return list(
+            dict.fromkeys(
+                float(lr) for lr in rates if isinstance(lr, int | float) or (isinstance(lr, Tensor) and lr.numel() == 1)
+            )
+        )
+
+    def __str__(self) -> str:
+        """One line for people."""
+        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.weights.values()})
+        tensors = "1 tensor" if len(self.weights) == 1 else f"{len(self.weights)} tensors"
+        numbers = "1 number" if self.numel == 1 else f"{self.numel:,} numbers"
+        parts = [self.kind, f"{tensors}, {numbers}, {', '.join(dtypes)}"]
+        if self.step is not None:
+            parts.append(f"step {self.step}")
+        if self.lr:
+            parts.append(f"optimizer with lr {', '.join(f'{lr:.4g}' for lr in self.lr[:3])}")
+        return " · ".join(parts)
