@@ -38,6 +38,7 @@ CORE = {"torch", "numpy", "rich", "click", "safetensors"}
 EXTRAS = {
     "accelerate": "accelerate",
     "backpack": "backpack",
+    "datasets": "datasets",
     "lightning": "lightning",
     "matplotlib": "matplotlib",
     "peft": "peft",
