@@ -183,8 +183,9 @@ def search(
     settings = settings or Settings()
     least = assumed_error(A)
     if settings.tolerance < least:
+        arithmetic = getattr(A, "arithmetic", A.dtype)
         raise InvalidArgument(
-            f"lanczos: tolerance={settings.tolerance!r} is below {least:.2g}, the rounding of products in {A.dtype}. "
+            f"lanczos: tolerance={settings.tolerance!r} is below {least:.2g}, the rounding of products in {arithmetic}. "
             "Allow more, or compute in float64."
         )
     began, spent, aim = time.monotonic(), 0, settings.tolerance

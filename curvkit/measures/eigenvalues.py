@@ -22,7 +22,7 @@ from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.sharpness_result import Sharpness
 from curvkit.measures.vectors import refuse_small_memory, rows_that_fit
 from curvkit.objectives import Objective
-from curvkit.operators import DifferenceHessian, DoubleHessian, Hessian, PerturbedHessian
+from curvkit.operators import DifferenceHessian, DoubleHessian, Hessian, MixedHessian, PerturbedHessian
 from curvkit.operators.plan import Residency
 from curvkit.operators.preflight import preflight, refuse_wrong
 from curvkit.results import Eigenpairs
@@ -30,6 +30,7 @@ from curvkit.results import Eigenpairs
 Rule = Literal["reverse", "difference"]
 OPERATORS: dict[str, type[Hessian | DifferenceHessian]] = {"reverse": Hessian, "difference": DifferenceHessian}
 Rounding = Literal["auto", "float64", "perturbation"]
+Arithmetic = Literal["exact", "bfloat16"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -47,6 +48,9 @@ class SharpnessSettings:
     """"reverse" over reverse, or "difference" of gradients in float64, for smooth models that have no (right) second derivative."""
     preflight: bool = True
     """Check second derivatives against differences of gradients on a few rows, before the search."""
+    arithmetic: Arithmetic = "exact"
+    """"exact" multiplies in the precision of the model; "bfloat16" searches by products in mixed precision, as of autocast, and recomputes
+    every value and residual by products in float32. Their error, some thousandths of ||H||, bounds what the search can reach."""
     rounding: Rounding = "auto"
     """How the rounding of float32 products is seen: "float64" recomputes the residuals by products in float64; "perturbation" repeats
     products with weights and data moved by one rounding; "auto" takes float64 where it runs and there are no convolutions."""
@@ -60,6 +64,15 @@ class SharpnessSettings:
         if self.rounding not in get_args(Rounding):
             raise InvalidArgument(
                 f"sharpness: rounding={self.rounding!r} is not one of auto, float64, perturbation. Use 'auto' if in doubt."
+            )
+        if self.arithmetic not in get_args(Arithmetic):
+            raise InvalidArgument(
+                f"sharpness: arithmetic={self.arithmetic!r} is not one of exact, bfloat16. Use 'exact' if in doubt."
+            )
+        if self.arithmetic == "bfloat16" and self.rule != "reverse":
+            raise InvalidArgument(
+                f"sharpness: arithmetic='bfloat16' does not go with rule={self.rule!r}, whose differences are taken in float64. "
+                "Leave one of them at its default."
             )
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise InvalidArgument(
@@ -91,14 +104,13 @@ def sharpness_steps(
     found = preflight(objective) if settings.preflight and settings.rule == "reverse" else None
     if found is not None:
         refuse_wrong(found)
-    make = OPERATORS[settings.rule]
-    operator = make(objective, residency=settings.residency, budget_bytes=_graph_budget(settings))
+    operator, searched = _operators(objective, settings)
     rows = rows_that_fit(operator.objective, settings.memory_bytes, settings.search.max_rows)
     search = replace(settings.search, max_rows=rows)
     start = operator.gradient if search.which != "smallest" else None
-    other, doubted = _other_arithmetic(operator, settings)
+    other, doubted = _other_arithmetic(operator, searched, settings)
     result: Sharpness | None = None
-    for pairs in lanczos.search(operator, search, start=start, seed=seed, other=other):
+    for pairs in lanczos.search(searched, search, start=start, seed=seed, other=other):
         _refuse_asymmetry(pairs, operator)
         result = Sharpness(
             eigenpairs=replace(pairs, space=operator.space),
@@ -108,16 +120,17 @@ def sharpness_steps(
             spread=None,
             halves=None,
             stage="searching",
-            plan=replace(operator.plan, basis_rows=search.max_rows),
+            plan=replace(searched.plan, basis_rows=search.max_rows),
             seed=seed,
             seconds=time.perf_counter() - began,
             products=pairs.products,
             unused=operator.unused,
             preflight=found,
-            notes=(*objective.notes, *doubted, *doubts(found), *operator.notes),
+            arithmetic=_named(torch.bfloat16) if isinstance(searched, MixedHessian) else _named(operator.dtype),
+            notes=(*objective.notes, *doubted, *doubts(found), *searched.notes),
         )
         yield result
-    del other
+    del other, searched
     if result is None or result.eigenpairs.vectors is None:
         return
     if settings.data_doubt:
@@ -228,10 +241,26 @@ def _graph_budget(settings: SharpnessSettings) -> int | None:
     return None if settings.memory_bytes is None else settings.memory_bytes // 2
 
 
+def _operators(
+    objective: Objective, settings: SharpnessSettings
+) -> tuple[Hessian | DifferenceHessian, Hessian | DifferenceHessian | MixedHessian]:
+    """The matrix that is measured, and the one that the search multiplies with: the same, unless that is in mixed precision."""
+    make, budget = OPERATORS[settings.rule], _graph_budget(settings)
+    if settings.arithmetic == "exact":
+        operator = make(objective, residency=settings.residency, budget_bytes=budget)
+        return operator, operator
+    mixed = MixedHessian(objective, residency=settings.residency, budget_bytes=budget)
+    return make(objective, residency="streamed", budget_bytes=budget), mixed
+
+
 def _other_arithmetic(
-    operator: Hessian | DifferenceHessian, settings: SharpnessSettings
+    operator: Hessian | DifferenceHessian,
+    searched: Hessian | DifferenceHessian | MixedHessian,
+    settings: SharpnessSettings,
 ) -> tuple[lanczos.OtherArithmetic, tuple[str, ...]]:
     """How the rounding of products is seen, and a note where that is not as asked."""
+    if searched is not operator:
+        return lanczos.OtherArithmetic(operator), ()
     if operator.dtype == torch.float64 or isinstance(operator, DifferenceHessian):
         return lanczos.OtherArithmetic(), ()
     notes: tuple[str, ...] = ()

@@ -37,6 +37,8 @@ class Sharpness:
     unused: tuple[str, ...] = ()
     preflight: Preflight | None = None
     """Whether second derivatives are right, as far as a few rows show; None if it was not asked."""
+    arithmetic: str = "float32"
+    """In which the search multiplied; "bfloat16" where that was asked for, while values and residuals are of products in float32."""
     notes: tuple[str, ...] = ()
     cross_check: CrossCheck | None = None
     """The same by another library; None if that was not asked."""
@@ -83,6 +85,7 @@ class Sharpness:
                 ],
                 "residuals_recomputed": pairs.recomputed,
                 "residuals_dtype": pairs.residual_dtype,
+                "search_dtype": self.arithmetic,
                 "product_error": pairs.product_error,
                 "rounding_measured": pairs.rounding_measured,
                 "tolerance": pairs.tolerance,

@@ -5,6 +5,7 @@ from curvkit.operators.difference import DifferenceHessian
 from curvkit.operators.forecast import Forecast
 from curvkit.operators.ggn import GGN
 from curvkit.operators.hessian import Hessian
+from curvkit.operators.mixed import MixedHessian
 from curvkit.operators.plan import Plan
 from curvkit.operators.preconditioned import Preconditioned
 from curvkit.operators.protocol import CurvatureOperator
@@ -17,6 +18,7 @@ __all__ = [
     "DoubleHessian",
     "Forecast",
     "Hessian",
+    "MixedHessian",
     "PerturbedHessian",
     "Plan",
     "Preconditioned",

@@ -75,13 +75,26 @@ class GradientGraph(BatchGraph):
         Cost: about 1.3 gradients; memory about 2.6 times a gradient's.
         """
         parameters = objective.tensors
-        terms = objective.terms(index)
+        terms = cls.evaluated(objective, index)
         total = finite_total(cls.matrix, objective, index if number is None else number, terms)
         if not terms.total.requires_grad:
             return cls(parameters, tuple(None for _ in parameters), total, terms.weight, terms.count)
         with explained(cls.matrix):
             gradient = torch.autograd.grad(terms.total, parameters, create_graph=True, allow_unused=True)
         return cls(parameters, gradient, total, terms.weight, terms.count)
+
+    @classmethod
+    def evaluated(cls, objective: Objective, index: int) -> LossTerms:
+        """Run model and loss on a batch.
+
+        Args:
+            objective: Model, loss and data.
+            index: Which batch.
+
+        Returns:
+            The terms of the loss.
+        """
+        return objective.terms(index)
 
     @classmethod
     def product(cls, graphs: Sequence[Self], pieces: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
