@@ -11,14 +11,14 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import classes, cut, fill_gradients, normal, seeded, surroundings
+from oracles import bits, classes, cut, fill_gradients, normal, seeded, surroundings
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvkit.errors import UnsupportedModel
 from curvkit.linalg import lanczos
 from curvkit.losses import BatchLoss, token_cross_entropy
-from curvkit.measures import sharpness
+from curvkit.measures import sharpness, trace
 from curvkit.models import Decoder
 from curvkit.objectives import Objective
 from curvkit.objectives.arithmetic import ExactArithmetic
@@ -228,9 +228,38 @@ def test_buffers_come_back_however_they_were_changed():
 
 def test_a_written_parameter_is_named():
     model = nn.Linear(2, 2)
-    said = "the forward pass writes to the parameter 'bias'"
+    before, said = bits(model.bias), "the forward pass writes to the parameter 'bias'"
     with pytest.raises(UnsupportedModel, match=said), undisturbed(model), torch.no_grad():
         model.bias.add_(1.0)
+    assert bits(model.bias) == before
+    with pytest.raises(UnsupportedModel, match=said), undisturbed(model, copies=False), torch.no_grad():
+        model.bias.add_(1.0)
+    assert bits(model.bias) != before  # nothing to restore it from
+
+
+class Clamped(nn.Module):
+    """Keeps its weight in bounds by writing to it, as some implementations of Wasserstein GANs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.inner.weight.clamp_(-0.01, 0.01)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("use", [Objective.value, Hessian, sharpness, trace])
+def test_a_forward_pass_that_writes_to_a_parameter_does_no_harm(use: Callable[[Objective], object]):
+    """Law: refused by name, and the parameter is what it was, bit for bit."""
+    with seeded():
+        model = Clamped()
+    before = bits(model.inner.weight)
+    objective = Objective(model, F.mse_loss, [(normal(4, 3, dtype=torch.float32), torch.zeros(4, 2))])
+    with pytest.raises(UnsupportedModel, match="the forward pass writes to the parameter 'inner.weight'"):
+        use(objective)
+    assert bits(model.inner.weight) == before
 
 
 def test_the_first_error_is_the_one_that_is_seen():

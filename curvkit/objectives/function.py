@@ -56,6 +56,8 @@ class Objective(Problem):
     def measuring(self) -> Generator[None]:
         """Everything is left as it was found, and kernels are exact; each public measurement runs inside this.
 
+        The first time, parameters are copied, too, so that a forward pass that writes to them does no harm; it is refused then.
+
         Raises:
             UnsupportedModel: If the model is random, couples the examples of a batch, or has hooks that change gradients.
         """
@@ -65,9 +67,10 @@ class Objective(Problem):
             for module in self.modules:
                 refuse_random_modules(module, len(self.batches))
                 refuse_gradient_hooks(module)
-                stack.enter_context(undisturbed(module))
+                stack.enter_context(undisturbed(module, copies="_measured" not in vars(self)))
             stack.enter_context(ExactArithmetic(self.model))
             yield
+        vars(self)["_measured"] = True
 
     def terms(self, index: int) -> LossTerms:
         """Evaluate the loss on one batch; call it inside `measuring()`.

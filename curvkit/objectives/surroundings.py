@@ -33,20 +33,23 @@ def random_state() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Generator[None]:
-    """Restore a model's modes, `.grad`, `requires_grad` flags and buffers, also when something raises.
+def undisturbed(model: nn.Module, *, copies: bool = True) -> Generator[None]:
+    """Restore a model's modes, `.grad`, `requires_grad` flags, buffers and parameters, also when something raises.
 
     Inside, every `.grad` is None. A forward pass that writes to a parameter is refused afterwards, because the function that was
     differentiated is then not the one that was asked for.
 
     Args:
         model: Any module.
+        copies: Whether parameters are copied, so that one that was written to can be restored; without, it is refused, and the write
+            stays.
 
     Raises:
         UnsupportedModel: If a parameter was written to.
     """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(name, p, p.grad, p.requires_grad, p._version) for name, p in model.named_parameters()]
+    values = [p.detach().clone() for _, p, *_ in parameters] if copies else []
     holders = (vars(module).get("_buffers", {}) for module in model.modules())
     registered = [(held, dict(held)) for held in holders if isinstance(held, dict)]  # TorchScript keeps them elsewhere
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
@@ -69,9 +72,14 @@ def undisturbed(model: nn.Module) -> Generator[None]:
             if buffer._version != version or not torch.equal(buffer, copy):  # batch_norm writes without a new version
                 with torch.no_grad():
                     buffer.copy_(copy)
-    written = [name for name, p, _, _, version in parameters if p._version != version]
+        written = [index for index, (_, p, _, _, version) in enumerate(parameters) if p._version != version]
+        if values:
+            with torch.no_grad():
+                for index in written:
+                    parameters[index][1].copy_(values[index])
     if written:
+        name = parameters[written[0]][0]
         raise UnsupportedModel(
-            f"Objective: the forward pass writes to the parameter {written[0]!r}, so that the function changes while it is measured. "
+            f"Objective: the forward pass writes to the parameter {name!r}, so that the function changes while it is measured. "
             "Put the module that does so in evaluation mode, or compute the new value without writing it back."
         )
