@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -19,35 +19,27 @@ from curvkit.linalg.basis import norm
 from curvkit.linalg.krylov import Which
 from curvkit.measures.data_doubt import halves, spread
 from curvkit.measures.definitions import definition, doubts
+from curvkit.measures.engine import OPERATORS, Engine
 from curvkit.measures.sharpness_result import Sharpness
-from curvkit.measures.vectors import refuse_small_memory, rows_that_fit
+from curvkit.measures.vectors import rows_that_fit
 from curvkit.objectives import Objective
 from curvkit.operators import DifferenceHessian, DoubleHessian, Hessian, MixedHessian, PerturbedHessian
-from curvkit.operators.plan import Residency
-from curvkit.operators.preflight import preflight, refuse_wrong
 from curvkit.results import Eigenpairs
 
-Rule = Literal["reverse", "difference"]
-OPERATORS: dict[str, type[Hessian | DifferenceHessian]] = {"reverse": Hessian, "difference": DifferenceHessian}
 Rounding = Literal["auto", "float64", "perturbation"]
 Arithmetic = Literal["exact", "bfloat16"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
-class SharpnessSettings:
+class SharpnessSettings(Engine):
     """How sharpness is measured; `search` has the eigenvalues that are wanted and the budget of products."""
 
+    measure: ClassVar[str] = "sharpness"
+
     search: lanczos.Settings = field(default_factory=lanczos.Settings)
-    residency: Residency | Literal["auto"] = "auto"
-    memory_bytes: int | None = None
-    """For graphs and basis, half each; None: half and a quarter of the memory that is free."""
     data_doubt: bool = True
     """Also measure how far the result depends on the sample."""
-    rule: Rule = "reverse"
-    """"reverse" over reverse, or "difference" of gradients in float64, for smooth models that have no (right) second derivative."""
-    preflight: bool = True
-    """Check second derivatives against differences of gradients on a few rows, before the search."""
     arithmetic: Arithmetic = "exact"
     """"exact" multiplies in the precision of the model; "bfloat16" searches by products in mixed precision, as of autocast, and recomputes
     every value and residual by products in float32. Their error, some thousandths of ||H||, bounds what the search can reach."""
@@ -57,10 +49,7 @@ class SharpnessSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.rule not in get_args(Rule):
-            raise InvalidArgument(
-                f"sharpness: rule={self.rule!r} is not one of reverse, difference. Use 'reverse' if in doubt."
-            )
+        super().__post_init__()
         if self.rounding not in get_args(Rounding):
             raise InvalidArgument(
                 f"sharpness: rounding={self.rounding!r} is not one of auto, float64, perturbation. Use 'auto' if in doubt."
@@ -73,10 +62,6 @@ class SharpnessSettings:
             raise InvalidArgument(
                 f"sharpness: arithmetic='bfloat16' does not go with rule={self.rule!r}, whose differences are taken in float64. "
                 "Leave one of them at its default."
-            )
-        if self.memory_bytes is not None and self.memory_bytes <= 0:
-            raise InvalidArgument(
-                f"sharpness: memory_bytes={self.memory_bytes!r} must be positive. Pass bytes, for example 4 * 2**30."
             )
 
 
@@ -100,10 +85,7 @@ def sharpness_steps(
         CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
     """
     settings, began, seed = settings or SharpnessSettings(), time.perf_counter(), seeds.settle(seed)
-    refuse_small_memory("sharpness", objective, settings.memory_bytes)
-    found = preflight(objective) if settings.preflight and settings.rule == "reverse" else None
-    if found is not None:
-        refuse_wrong(found)
+    found = settings.checked(objective)
     operator, searched = _operators(objective, settings)
     rows = rows_that_fit(operator.objective, settings.memory_bytes, settings.search.max_rows)
     search = replace(settings.search, max_rows=rows)
@@ -219,7 +201,7 @@ def _with_halves(result: Sharpness, objective: Objective, settings: SharpnessSet
         largest,
         seed=result.seed,
         limits=settings.search,
-        make=partial(OPERATORS[settings.rule], budget_bytes=_graph_budget(settings)),
+        make=partial(OPERATORS[settings.rule], budget_bytes=settings.graph_bytes),
     )
     for count, bracket in enumerate(brackets, start=1):
         yield replace(result, halves=bracket, stage="halves", products=before + (count + 1) // 2)
@@ -237,20 +219,15 @@ def _refuse_asymmetry(pairs: Eigenpairs, operator: Hessian | DifferenceHessian) 
         )
 
 
-def _graph_budget(settings: SharpnessSettings) -> int | None:
-    return None if settings.memory_bytes is None else settings.memory_bytes // 2
-
-
 def _operators(
     objective: Objective, settings: SharpnessSettings
 ) -> tuple[Hessian | DifferenceHessian, Hessian | DifferenceHessian | MixedHessian]:
     """The matrix that is measured, and the one that the search multiplies with: the same, unless that is in mixed precision."""
-    make, budget = OPERATORS[settings.rule], _graph_budget(settings)
     if settings.arithmetic == "exact":
-        operator = make(objective, residency=settings.residency, budget_bytes=budget)
+        operator = settings.operator(objective)
         return operator, operator
-    mixed = MixedHessian(objective, residency=settings.residency, budget_bytes=budget)
-    return make(objective, residency="streamed", budget_bytes=budget), mixed
+    mixed = MixedHessian(objective, residency=settings.residency, budget_bytes=settings.graph_bytes)
+    return replace(settings, residency="streamed").operator(objective), mixed
 
 
 def _other_arithmetic(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from curvkit.linalg import trace as linalg_trace
-from curvkit.measures.eigenvalues import OPERATORS, SharpnessSettings
+from curvkit.measures.eigenvalues import SharpnessSettings
+from curvkit.measures.engine import OPERATORS
 from curvkit.measures.traces import TraceSettings
-from curvkit.measures.vectors import refuse_small_memory, rows_that_fit
+from curvkit.measures.vectors import rows_that_fit
 from curvkit.objectives import Objective
 from curvkit.operators.forecast import Forecast, forecast
 from curvkit.operators.graph import BatchGraph
-from curvkit.operators.plan import Plan, choose
+from curvkit.operators.plan import Plan
 
 FIRST_EIGENVALUE, EACH_FURTHER = 15, 10
 """Products that a search by Lanczos typically takes."""
@@ -48,20 +47,13 @@ def forecast_sharpness(objective: Objective, settings: SharpnessSettings | None 
         ('retained', 31)
     """
     settings = settings or SharpnessSettings()
-    refuse_small_memory("sharpness", objective, settings.memory_bytes)
-    difference, search = settings.rule == "difference", settings.search
-    objective = objective.converted(dtype=torch.float64) if difference else objective.raised()
-    kind = OPERATORS[settings.rule].kind
-    plan = choose(
-        objective,
-        residency="streamed" if difference else settings.residency,
-        budget_bytes=None if settings.memory_bytes is None else settings.memory_bytes // 2,
-        kind=kind,
-    )
+    search, (objective, plan) = settings.search, settings.planned(objective)
     products = min(FIRST_EIGENVALUE + EACH_FURTHER * (search.num - 1), search.max_products, objective.parameters.n + 1)
     total = 2 * products + 1 if settings.data_doubt and search.which != "smallest" else products
     rows = rows_that_fit(objective, settings.memory_bytes, search.max_rows)
-    return _forecast(objective, replace(plan, basis_rows=rows), products=total, held=products, kind=kind)
+    return _forecast(
+        objective, replace(plan, basis_rows=rows), products=total, held=products, kind=OPERATORS[settings.rule].kind
+    )
 
 
 def forecast_trace(objective: Objective, settings: TraceSettings | None = None) -> Forecast:
@@ -91,21 +83,15 @@ def forecast_trace(objective: Objective, settings: TraceSettings | None = None) 
         ('retained', 15)
     """
     settings = settings or TraceSettings()
-    refuse_small_memory("trace", objective, settings.memory_bytes)
-    difference, search = settings.rule == "difference", settings.search
-    objective = objective.converted(dtype=torch.float64) if difference else objective.raised()
-    n, memory, kind = objective.parameters.n, settings.memory_bytes, OPERATORS[settings.rule].kind
-    plan = choose(
-        objective,
-        residency="streamed" if difference else settings.residency,
-        budget_bytes=None if memory is None else memory // 2,
-        kind=kind,
-    )
+    search, (objective, plan) = settings.search, settings.planned(objective)
+    n = objective.parameters.n
     exact = search.method == "exact" or (search.method == "auto" and n <= linalg_trace.SMALL)
     products = min(n, search.max_products) if exact else min(PROBES, search.max_products)
-    rows = rows_that_fit(objective, memory, search.max_rows)
+    rows = rows_that_fit(objective, settings.memory_bytes, search.max_rows)
     held = linalg_trace.CHUNK if exact else products
-    return _forecast(objective, replace(plan, basis_rows=rows), products=products, held=held, kind=kind)
+    return _forecast(
+        objective, replace(plan, basis_rows=rows), products=products, held=held, kind=OPERATORS[settings.rule].kind
+    )
 
 
 def _forecast(objective: Objective, plan: Plan, *, products: int, held: int, kind: type[BatchGraph]) -> Forecast:

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import ClassVar
 
 import torch
 
 from curvkit import seeds
-from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
+from curvkit.errors import CurvkitError, UnsupportedModel
 from curvkit.linalg import trace as linalg_trace
 from curvkit.linalg.basis import norm
 from curvkit.linalg.trace import Method
@@ -19,13 +19,11 @@ from curvkit.losses import KnownLoss, token_cross_entropy
 from curvkit.losses.batches import inputs_and_targets
 from curvkit.measures import piecewise_linear
 from curvkit.measures.definitions import definition, doubts
-from curvkit.measures.eigenvalues import OPERATORS, Rule
+from curvkit.measures.engine import Engine
 from curvkit.measures.trace_result import Trace, shares
-from curvkit.measures.vectors import refuse_small_memory, rows_that_fit
+from curvkit.measures.vectors import rows_that_fit
 from curvkit.objectives import Objective
 from curvkit.operators import DifferenceHessian, Hessian
-from curvkit.operators.plan import Residency
-from curvkit.operators.preflight import preflight, refuse_wrong
 from curvkit.results import TraceEstimate, TraceParts
 
 Operator = Hessian | DifferenceHessian
@@ -34,31 +32,15 @@ TOGETHER = 4
 
 
 @dataclass(frozen=True)
-class TraceSettings:
+class TraceSettings(Engine):
     """How a trace is measured; `search` has method, tolerance and budget."""
 
+    measure: ClassVar[str] = "trace"
+
     search: linalg_trace.Settings = field(default_factory=linalg_trace.Settings)
-    residency: Residency | Literal["auto"] = "auto"
-    memory_bytes: int | None = None
-    """For graphs and vectors, half each; None: half and a quarter of the memory that is free."""
     structure: bool = True
     """Compute the trace of a piecewise linear network exactly, as that of its GGN, where it is shown to be one: with method "auto" if that
     is predicted to cost no more than sampling, with "exact" if it costs no more than `max_products`."""
-    rule: Rule = "reverse"
-    """"reverse" over reverse, or "difference" of gradients in float64, for smooth models that have no (right) second derivative."""
-    preflight: bool = True
-    """First check second derivatives on a few rows, and refuse those that are wrong; not under rule "difference"."""
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.rule not in get_args(Rule):
-            raise InvalidArgument(
-                f"trace: rule={self.rule!r} is not one of reverse, difference. Use 'reverse' if in doubt."
-            )
-        if self.memory_bytes is not None and self.memory_bytes <= 0:
-            raise InvalidArgument(
-                f"trace: memory_bytes={self.memory_bytes!r} must be positive. Pass bytes, for example 4 * 2**30."
-            )
 
 
 def trace_steps(
@@ -82,12 +64,8 @@ def trace_steps(
         CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
     """
     settings, began, seed = settings or TraceSettings(), time.perf_counter(), seeds.settle(seed)
-    refuse_small_memory("trace", objective, settings.memory_bytes)
-    checked = preflight(objective) if settings.preflight and settings.rule == "reverse" else None
-    if checked is not None:
-        refuse_wrong(checked)
-    graphs = None if settings.memory_bytes is None else settings.memory_bytes // 2
-    operator = OPERATORS[settings.rule](objective, residency=settings.residency, budget_bytes=graphs)
+    checked = settings.checked(objective)
+    operator = settings.operator(objective)
     search = _fitted(settings, operator)
     result: Trace | None = None
     for found in _estimates(operator, settings, search, seed):
