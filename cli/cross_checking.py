@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from .failures import say
-from .options import Output
+from .output import Output
 from .progress import ProgressLine, counted
 
 if TYPE_CHECKING:

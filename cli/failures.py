@@ -64,6 +64,11 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
+def harmless(text: str) -> str:
+    """A text that may come from a file, without what a terminal would obey: escape sequences, control characters, lone surrogates."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def show(error: Exception) -> None:
     """Say what was raised, by whom, and where."""
     making = type(error).__name__ == "FactoryFailed"  # by name, because its home imports torch

@@ -18,7 +18,11 @@ from curvkit.errors import (
 )
 
 from . import failures
+from .commands.completion import completion
 from .commands.demo import demo
+from .commands.doctor import doctor
+from .commands.init import init
+from .commands.inspect import inspect
 from .commands.sharpness import sharpness
 from .commands.trace import trace
 from .failures import say
@@ -59,17 +63,23 @@ def curvkit() -> None:
 
     \b
     curvkit demo demo-run                   train a small model and save checkpoints
+    curvkit inspect demo-run/final.pt       what is in the file?
     curvkit sharpness demo-run/final.pt     how sharp is it?
     curvkit trace demo-run/final.pt         how much curvature in all, and in which layer?
+    curvkit init my.pt                      write the function that a checkpoint of your own needs
 
     Exit codes: 0 done, 1 failed while running, 2 typed wrong, 3 model, loss or data unknown or not fitting, 4 file refused or
     damaged, 5 not converged (with --strict), 130 interrupted.
     """
 
 
+curvkit.add_command(inspect)
 curvkit.add_command(sharpness)
 curvkit.add_command(trace)
+curvkit.add_command(init)
 curvkit.add_command(demo)
+curvkit.add_command(doctor)
+curvkit.add_command(completion)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,7 +106,7 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except CurvkitError as error:
-        say(f"Error: {failures.as_typed(error)}")
+        say(f"Error: {failures.harmless(failures.as_typed(error))}")
         if isinstance(error, InvalidArgument) and failures.while_evaluating(error):
             return UNKNOWN_OBJECTIVE  # raised by the model or the loss on this data, not by what was typed
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from . import render
-from .failures import say
-from .options import Output, Target
+from .data import Data
+from .failures import harmless, say
+from .output import Output
 from .progress import ProgressLine
+from .records import NOTES, READ
+from .target import ENVIRONMENT, Target
 
 if TYPE_CHECKING:
+    from curvkit.checkpoints import Checkpoint
     from curvkit.measures import CrossCheck
     from curvkit.operators import Plan
     from curvkit.resolving import Resolved
+    from curvkit.resolving.request import Request
 
 NOT_CONVERGED = 5
 
@@ -38,33 +46,68 @@ class Result(Protocol):
 Measured = TypeVar("Measured")
 
 
-def resolved_objective(target: Target, batches: int | None, output: Output) -> Resolved:
+def resolved_objective(ctx: click.Context, target: Target, data: Data, output: Output) -> Resolved:
     """Find model, loss and data, with the weights of the checkpoint, in the mode, precision and place that were asked for."""
     import torch
 
     from curvkit.checkpoints import read
     from curvkit.parameters import ParameterSpace
-    from curvkit.resolving import Resolved, resolve
+    from curvkit.resolving import resolve
 
-    resolved = resolve(
-        read(target.checkpoint), reference=target.objective, settings=dict(target.set), num_batches=batches
-    )
+    request = _request(ctx, target, data)
+    checkpoint = read(target.checkpoint, key=target.key, ema=target.ema, trust=target.trusted)
+    ctx.meta[READ] = (checkpoint.path, checkpoint.base)
+    resolved = resolve(checkpoint, request)
+    ctx.meta[NOTES] = notes = (*_choices(checkpoint), *checkpoint.notes, *resolved.notes)
     objective = resolved.objective
     if target.mode != "asis":
         objective.model.train(target.mode == "train")
     if target.params:
-        from dataclasses import replace
-
         objective = replace(objective, parameters=ParameterSpace.of(objective.model, target.params))
     device = ("cuda" if torch.cuda.is_available() else None) if target.device == "auto" else _device(target.device)
     dtype = {"auto": None, "float32": torch.float32, "float64": torch.float64}[target.dtype]
     objective = objective.converted(dtype=dtype, device=device)
     if not output.quiet:
-        say(f"objective: {resolved.source}")
+        say(f"objective: {harmless(resolved.source)}")
+        for note in notes:
+            say(f"note: {harmless(note)}")
         there = len(objective.batches)
-        if batches is not None and there < batches:
-            say(f"note: --batches {batches}, but the data has only {there}: all of it is used")
-    return Resolved(objective, resolved.source)
+        if data.batches is not None and there < data.batches:
+            say(f"note: --batches {data.batches}, but the data has only {there}: all of it is used")
+    return replace(resolved, objective=objective)
+
+
+def _choices(checkpoint: Checkpoint) -> Iterator[str]:
+    """What was done with the names and the sets of weights in the file."""
+    if checkpoint.removed:
+        yield f"{', '.join(checkpoint.removed)} taken from the names of the weights"
+    if "ema" in checkpoint.variants:
+        yield "the weights of the last step; the averaged ones, which are there too, are taken with --ema"
+
+
+def title(target: Target, resolved: Resolved) -> str:
+    """The checkpoint, and the word that the data is not the user's where it is not."""
+    own = "" if resolved.own_data else " on bundled text, not your data"
+    return f"{target.checkpoint}{own}"
+
+
+def _request(ctx: click.Context, target: Target, data: Data) -> Request:
+    """What resolving is asked for; a function that the environment names is left to it, since a text that is typed wins over that."""
+    from curvkit.resolving.request import Request, TextData
+
+    passed = ctx.get_parameter_source("objective") is ParameterSource.ENVIRONMENT and ENVIRONMENT in os.environ
+    text = None if data.data is None else TextData(data.data, data.seq_len, data.tokens, data.split)
+    return Request(
+        objective=None if passed else target.objective,
+        settings=dict(target.set),
+        num_batches=data.batches,
+        data=text,
+        config=target.config,
+        trust=target.trusted,
+        demo_data=data.demo_data,
+        seq_len=data.seq_len,
+        tokens=data.tokens,
+    )
 
 
 def _device(name: str) -> str:

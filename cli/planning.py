@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from . import measuring, records, render
+from .data import Data
 from .interrupts import INTERRUPTED, conclude
-from .options import Output, Target
+from .output import Output
 from .progress import counted, duration, styled
+from .target import Target
 
 if TYPE_CHECKING:
     from curvkit.objectives import Objective
@@ -22,18 +24,18 @@ if TYPE_CHECKING:
 Make = Callable[["Objective"], "Forecast"]
 
 
-def planned(ctx: click.Context, target: Target, batches: int | None, output: Output, make: Make) -> int:
+def planned(ctx: click.Context, target: Target, data: Data, output: Output, make: Make) -> int:
     """Find the objective, forecast, show and write; the exit code."""
     destination = records.destination(output, "plan.json")
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
-        resolved = measuring.resolved_objective(target, batches, output)
+        resolved = measuring.resolved_objective(ctx, target, data, output)
         steps = _once(make, resolved.objective)
         found, interrupted = measuring.followed(steps, "plan", _told, target=target, output=output)
     if found is None or interrupted:
         conclude("Interrupted before the plan was made.")
         return INTERRUPTED
     document = render.json_document("plan", found.to_dict(), records.describe(ctx, target, resolved))
-    title = f"plan of {ctx.info_name} for {target.checkpoint}"
+    title = f"plan of {ctx.info_name} for {measuring.title(target, resolved)}"
     measuring.show(
         found, document, output, plain=partial(_plain, title=title), table=partial(_table, title=title, output=output)
     )

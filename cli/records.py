@@ -11,43 +11,94 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .failures import say
-from .options import Output, Target
+from .output import Output
+from .target import Target
 
 if TYPE_CHECKING:
     from curvkit.resolving import Resolved
+
+READ = "curvkit.read"
+"""Where a context keeps the paths of the checkpoint that was read and of its base."""
+NOTES = "curvkit.notes"
+"""Where it keeps what was noted while the objective was found."""
 
 
 def describe(ctx: click.Context, target: Target, resolved: Resolved) -> dict[str, Any]:
     """Everything that a number needs to be made again; neither the environment nor folders of this machine."""
     from curvkit import results
-    from curvkit.checkpoints import digest
     from curvkit.objectives.data import fingerprint
 
     chosen: dict[str, Any] = {}
     for name, value in ctx.params.items():
         source = ctx.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if source is not None and source.name != "DEFAULT" and name != "config":
             chosen[name] = {"value": results.without_folders(str(value)), "source": source.name.lower()}
     return {
         "command": ["curvkit", *(results.without_folders(argument) for argument in ctx.obj or ())],
         "options": chosen,
         "environment": results.environment(),
-        "checkpoint": {"name": target.checkpoint.name, "digest": digest(target.checkpoint)},
+        "checkpoint": _checkpoint(ctx, target),
+        **_configuration(target),
         "objective": {"source": results.without_folders(resolved.source), **_objective_source(target)},
         "data_fingerprint": fingerprint(resolved.objective.batches),
+        **({"tokens_digest": resolved.tokens_digest} if resolved.tokens_digest else {}),
+        **({} if resolved.own_data else {"own_data": False}),
+        **({"notes": list(ctx.meta[NOTES])} if ctx.meta.get(NOTES) else {}),
         "peak_memory_bytes": results.peak_memory(),
     }
 
 
+def _checkpoint(ctx: click.Context, target: Target) -> dict[str, Any]:
+    """Name and digest of the file that was read, or of each file of the directory; the base of an adapter likewise."""
+    from curvkit.checkpoints import digest
+
+    def identified(path: Path) -> dict[str, Any]:
+        name = path.resolve().name  # also of `.`
+        if not path.is_dir():
+            return {"name": name, "digest": digest(path)}
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return {"name": name, "files": {file.relative_to(path).as_posix(): _digest(file) for file in files}}
+
+    def _digest(file: Path) -> str:
+        try:
+            return digest(file)
+        except OSError:
+            return "not readable"
+
+    read, base = ctx.meta.get(READ, (target.checkpoint, None))
+    return {
+        **identified(read),
+        **({"base": identified(base)} if base else {}),
+        **({"key": target.key} if target.key else {}),
+        **({"weights": "ema"} if target.ema else {}),
+    }
+
+
+def _configuration(target: Target) -> dict[str, Any]:
+    from curvkit import results
+    from curvkit.checkpoints import digest
+
+    if target.config is None:
+        return {}
+    path = target.config.path
+    return {"config": {"path": results.without_folders(str(path)), "digest": digest(path)}}
+
+
 def _objective_source(target: Target) -> dict[str, Any]:
-    """Hash and repository of the file that the user named."""
+    """Hash and repository of the file that the user named, typed or in the configuration."""
     from curvkit import results
 
-    place = (target.objective or "").rpartition(":")[0]
+    config = target.config
+    reference, base = target.objective, Path()
+    if reference is None and config is not None:
+        reference, base = config.objective, config.directory
+    place = (reference or "").rpartition(":")[0]
     path = place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None)
     if path is None:
         return {}
-    source = Path(path)
+    source = base / path
+    if not source.is_file():
+        return {}
     return {"sha256": hashlib.sha256(source.read_bytes()).hexdigest()[:16], "repository": results.repository(source)}
 
 

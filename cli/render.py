@@ -70,11 +70,17 @@ def sharpness_table(result: Sharpness, title: str, color: str) -> None:
 def print_remarks(console: Console, remarks: Sequence[tuple[str, str]]) -> None:
     """Print names and texts; beside each other where there is room."""
     for name, text in remarks:
-        if console.width < STACKED:
-            console.print(Text(f" {name}", style="dim"))
-            console.print(Padding(Text(text, overflow="fold"), (0, 0, 0, 3)))
-        else:
-            console.print(_beside(f" {name}", 12, Text(text)))
+        print_labelled(console, name, Text(text))
+
+
+def print_labelled(console: Console, name: str, text: Text, width: int = 12) -> None:
+    """Print a text beside its name of so many columns, or under it where there is little room."""
+    if console.width < STACKED or width > console.width / 2:
+        console.print(Text(f" {name}", style="dim"))
+        text.overflow = "fold"
+        console.print(Padding(text, (0, 0, 0, 3)))
+    else:
+        console.print(_beside(f" {name}", width, text))
 
 
 def tab_separated(lines: Sequence[Sequence[str]]) -> str:
@@ -170,7 +176,7 @@ def _residuals(result: Sharpness) -> list[tuple[str, str]]:
         return []
     text = f"recomputed by products in {pairs.residual_dtype}"
     if pairs.rounding_measured:
-        text += f"; those of the search, in {result.definition.dtype}, err by about {pairs.product_error:.1g} of ||H||"
+        text += f"; those of the search, in {result.arithmetic}, err by about {pairs.product_error:.1g} of ||H||"
     return [("residuals", text)]
 
 

@@ -36,6 +36,7 @@ KWARGS: dict[str, dict[str, object]] = {
     "mlp": {"sizes": [6, 5, 3], "activation": "tanh"},
     "resnet": {"depth": 8, "width": 4},
     "decoder": {"vocabulary": V, "width": W, "depth": L, "heads": H, "context": T},
+    "nanogpt": {"vocab_size": V, "n_embd": W, "n_layer": L, "n_head": H, "block_size": T},
 }
 
 
@@ -63,6 +64,7 @@ def inputs_for(name: str, count: int = 3) -> Tensor:
         "mlp": lambda: torch.randn(count, 2, 3),
         "resnet": lambda: torch.randn(count, 3, 8, 8),
         "decoder": lambda: torch.randint(V, (count, 7)),
+        "nanogpt": lambda: torch.randint(V, (count, 7)),
     }[name]()
 
 
@@ -73,7 +75,9 @@ def count_of(model: nn.Module) -> int:
 # Shapes and counts ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "shape"), [("mlp", (3, 3)), ("resnet", (3, 10)), ("decoder", (3, 7, V))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("mlp", (3, 3)), ("resnet", (3, 10)), ("decoder", (3, 7, V)), ("nanogpt", (3, 7, V))]
+)
 def test_shapes(name, shape):
     model = build(name, KWARGS[name])
     assert isinstance(model, BUILDERS[name])
@@ -435,7 +439,7 @@ def test_random_windows_come_from_their_generator_alone():
 
 
 def test_public_names():
-    assert set(BUILDERS) == {"mlp", "resnet", "decoder"}
+    assert set(BUILDERS) == {"mlp", "resnet", "decoder", "nanogpt"}
     assert all(hasattr(models, name) for name in models.__all__)
     with pytest.raises(TypeError):
         BUILDERS["mlp"] = nn.Linear  # type: ignore[index]
@@ -448,12 +452,12 @@ def generator() -> torch.Generator:
 REFUSALS = {
     "unknown builder, near": (
         lambda: build("ResNett", {}),
-        r"no model is called 'ResNett'. The names are 'decoder', 'mlp', 'resnet'. "
+        r"no model is called 'ResNett'. The names are 'decoder', 'mlp', 'nanogpt', 'resnet'. "
         r"The nearest is 'resnet'. For a model of your own",
     ),
     "unknown builder, far": (
-        lambda: build("gpt", {}),
-        r"called 'gpt'. The names are 'decoder', 'mlp', 'resnet'. For a",
+        lambda: build("transformer", {}),
+        r"called 'transformer'. The names are 'decoder', 'mlp', 'nanogpt', 'resnet'. For a",
     ),
     "builder is no string": (lambda: build(["mlp"], {}), r"no model is called \['mlp'\]. The names are"),
     "kwargs is no mapping": (

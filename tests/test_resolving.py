@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
 import re
 import sys
@@ -14,10 +16,13 @@ from oracles import seeded
 from samples import TRAIN, net
 
 from curvkit import Objective, Recipe, save
+from curvkit import objective as mark
 from curvkit.checkpoints import read
-from curvkit.errors import InvalidArgument, UnknownObjective
+from curvkit.checkpoints.trust import Trust
+from curvkit.errors import InvalidArgument, RefusedCheckpoint, UnknownObjective
 from curvkit.models import MLP
-from curvkit.resolving import FactoryFailed, resolve
+from curvkit.resolving import FactoryFailed, Request, TextData, resolve
+from curvkit.resolving.config import Config
 from curvkit.resolving.factories import call_factory, load_factory
 
 
@@ -266,7 +271,7 @@ def test_ctrl_c_in_the_function_is_no_failure_of_it():
 
 
 def test_the_weights_go_into_the_model_that_the_function_made(checkpoint: Path):
-    found = resolve(read(checkpoint), reference="train.py:objective")
+    found = resolve(read(checkpoint), Request("train.py:objective"))
     assert found.source == "train.py:objective (--objective)"
     for name, tensor in found.objective.model.state_dict().items():
         assert torch.equal(tensor, net().state_dict()[name])
@@ -274,7 +279,7 @@ def test_the_weights_go_into_the_model_that_the_function_made(checkpoint: Path):
 
 def test_a_function_may_import_what_lies_beside_it_when_it_is_called(checkpoint: Path):
     Path("beside.py").write_text("HIDDEN = 6\n")
-    assert resolve(read(checkpoint), reference="train.py:lazy").objective.parameters.n == 51
+    assert resolve(read(checkpoint), Request("train.py:lazy")).objective.parameters.n == 51
 
 
 def test_the_random_state_is_left_alone(checkpoint: Path):
@@ -283,7 +288,7 @@ def test_the_random_state_is_left_alone(checkpoint: Path):
         "def objective():\n    torch.manual_seed(4)\n    return train.objective()\n"
     )
     before = torch.get_rng_state()
-    resolve(read(checkpoint), reference="seeding.py:objective")
+    resolve(read(checkpoint), Request("seeding.py:objective"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -297,14 +302,14 @@ def test_what_the_user_names_wins_over_the_recipe(tmp_path: Path, with_reference
         "import torch, curvkit\nfrom curvkit.models import MLP\ndef objective():\n"
         "    return curvkit.Objective(MLP([4, 3]), torch.nn.functional.l1_loss, [(torch.ones(2, 4), torch.ones(2, 3))])\n"
     )
-    found = resolve(read(path), reference="mine.py:objective" if with_reference else None)
+    found = resolve(read(path), Request("mine.py:objective" if with_reference else None))
     assert found.objective.loss.name == ("l1_loss" if with_reference else "mse_loss")
 
 
 def test_settings_without_a_function(checkpoint: Path):
     text = "--set width=...: there is no function that it could go to. It belongs to --objective FILE.py:FUNCTION."
     with pytest.raises(InvalidArgument, match=re.escape(text)):
-        resolve(read(checkpoint), settings={"width": "3"})
+        resolve(read(checkpoint), Request(settings={"width": "3"}))
 
 
 def test_the_error_that_teaches(tmp_path: Path):
@@ -318,22 +323,232 @@ def test_the_error_that_teaches(tmp_path: Path):
         "  found    training dict · 4 tensors, 51 numbers, float32 · step 3 · optimizer with lr 0.0003 · keys: model, optimizer, "
         "epoch",
         "  missing  an objective: a function returning curvkit.Objective(model, loss, data)",
-        f"  do one   curvkit sharpness {path} --objective train.py:objective",
-        "           curvkit.save(path, model=model, recipe=...)    for curvkit's own models (mlp, resnet, decoder): no flag then",
+        f"  do one   curvkit init {path}    writes a file with such a function, to fill in",
+        f"           curvkit sharpness {path} --objective train.py:objective",
+        "           curvkit.save(path, model=model, recipe=objective)    in the training script: no flag then",
+        "           curvkit.save(path, model=model, recipe=Recipe(...))    for curvkit's own models (mlp, resnet, decoder, nanogpt)",
     ]
 
 
 def test_only_the_first_batches(checkpoint: Path):
-    found = resolve(read(checkpoint), reference="train.py:objective", num_batches=1)
+    found = resolve(read(checkpoint), Request("train.py:objective", num_batches=1))
     assert [len(y) for _, y in found.objective.batches] == [10]
-    assert len(resolve(read(checkpoint), reference="train.py:objective").objective.batches) == 2
+    assert len(resolve(read(checkpoint), Request("train.py:objective")).objective.batches) == 2
 
 
 def test_data_that_is_none(checkpoint: Path):
     with pytest.raises(UnknownObjective, match="Objective: data gave no batches"):
-        resolve(read(checkpoint), reference="train.py:no_data")
+        resolve(read(checkpoint), Request("train.py:no_data"))
 
 
 def test_weights_of_another_size(checkpoint: Path):
     with pytest.raises(UnknownObjective, match=re.escape(f"{checkpoint}: the weights do not fit the model")):
-        resolve(read(checkpoint), reference="train.py:objective", settings={"hidden": "8"})
+        resolve(read(checkpoint), Request("train.py:objective", {"hidden": "8"}))
+
+
+def test_a_file_of_weights_out_of_a_directory_of_hugging_face(checkpoint: Path):
+    Path("config.json").write_text("{}")
+    with pytest.raises(UnknownObjective) as caught:
+        resolve(read(checkpoint))
+    assert str(caught.value).splitlines()[2] == (
+        f"           config.json beside it: pass the directory instead, {checkpoint.parent}"
+    )
+
+
+# ---- the order: flag, environment, configuration, recipe ------------------------------------------------------------
+
+
+def a_config(directory: Path, **changes: Any) -> Config:
+    directory.mkdir(exist_ok=True)
+    (directory / "configured.py").write_text(TRAIN.replace("hidden: int = 6", "hidden: int = 99"))
+    values = {"objective": "configured.py:objective", "settings": {"hidden": "6"}, **changes}
+    return Config(directory / "curvkit.toml", **values)
+
+
+def test_the_first_place_that_names_a_function_wins(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    config = a_config(checkpoint.parent / "elsewhere")
+    assert resolve(read(checkpoint), Request(config=config)).source == "configured.py:objective (from curvkit.toml)"
+    monkeypatch.setenv("CURVKIT_OBJECTIVE", "train.py:objective")
+    assert resolve(read(checkpoint), Request(config=config)).source == "train.py:objective (CURVKIT_OBJECTIVE)"
+    found = resolve(read(checkpoint), Request("train.py:prints", config=config))
+    assert found.source == "train.py:prints (--objective)"
+    assert (found.own_data, found.notes, found.tokens_digest) == (True, (), None)
+
+
+def test_a_configuration_names_what_lies_beside_it(checkpoint: Path):
+    folder = checkpoint.parent / "elsewhere"
+    for objective in ("configured.py:objective", "configured:objective"):
+        assert (
+            resolve(read(checkpoint), Request(config=a_config(folder, objective=objective))).objective.parameters.n
+            == 51
+        )
+    with pytest.raises(UnknownObjective, match="the weights do not fit"):  # what is typed wins over what is configured
+        resolve(read(checkpoint), Request(settings={"hidden": "7"}, config=a_config(folder)))
+    with pytest.raises(
+        InvalidArgument, match=re.escape(f"{folder / 'curvkit.toml'} 'absent.py': there is no such file. Paths")
+    ):
+        resolve(read(checkpoint), Request(config=a_config(folder, objective="absent.py:objective")))
+    with pytest.raises(
+        InvalidArgument, match=re.escape(f"{folder / 'curvkit.toml'}: no module 'absent' from {folder}.")
+    ):
+        resolve(read(checkpoint), Request(config=a_config(folder, objective="absent:objective")))
+    with pytest.raises(UnknownObjective, match="does not say which model"):
+        resolve(read(checkpoint), Request(config=Config(folder / "curvkit.toml")))
+
+
+def test_a_text_for_what_is_no_language_model(checkpoint: Path):
+    text = TextData(checkpoint.parent / "val.txt")
+    with pytest.raises(InvalidArgument, match=f"--data: text is for language models .* {checkpoint} is a state dict"):
+        resolve(read(checkpoint), Request(data=text))
+    with pytest.raises(InvalidArgument, match="--demo-data: text is for language models"):
+        resolve(read(checkpoint), Request(demo_data=True))
+    with pytest.raises(InvalidArgument, match="--data and --objective: train.py:objective brings its own data"):
+        resolve(read(checkpoint), Request("train.py:objective", data=text))
+
+
+# ---- a recipe that names a function of the user's -------------------------------------------------------------------
+
+
+def a_named_recipe(path: Path, **changes: Any) -> Path:
+    """What `save` writes for train.py:objective, with the changes of a tampering hand."""
+    recipe = {
+        "format": 1,
+        "objective": "train.py:objective",
+        "kwargs": {"hidden": 6},
+        "source_sha256": hashlib.sha256(Path("train.py").read_bytes()).hexdigest(),
+    }
+    kept = {key: value for key, value in {**recipe, **changes}.items() if value is not None}
+    torch.save({"model": net().state_dict(), "curvkit": {"format": 1, "recipe": kept}}, path)
+    return path
+
+
+def test_a_recipe_names_the_function_that_made_the_model(tmp_path: Path):
+    train = load_factory("train.py:objective")
+    path = save(tmp_path / "runs" / "ckpt.pt", model=net(), recipe=train)
+    assert read(path).recipe == {
+        "format": 1,
+        "objective": "train.py:objective",
+        "kwargs": {},
+        "source_sha256": hashlib.sha256(TRAIN.encode()).hexdigest(),
+    }
+    assert resolve(read(path)).source == "train.py:objective (recipe in the checkpoint)"
+    path = save(tmp_path / "ckpt.pt", model=net(7), recipe=functools.partial(train, hidden=7))
+    assert resolve(read(path)).objective.parameters.n == 59
+    with pytest.raises(UnknownObjective, match="the weights do not fit"):
+        resolve(read(path), Request(settings={"hidden": "6"}))
+
+
+def test_a_recipe_is_found_from_below_and_beside_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / ".git").mkdir()
+    path = a_named_recipe(tmp_path / "ckpt.pt", objective="train:objective")
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "deeper")
+    assert resolve(read(path)).objective.parameters.n == 51
+
+
+MARKED = "import curvkit\nopen('imported', 'w').close()\n@curvkit.objective\ndef objective(): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "text"),
+    [
+        ({"objective": "../train.py:objective"}, None, "which is no FILE.py:FUNCTION inside a project"),
+        ({"objective": "/etc/train.py:objective"}, None, "which is no FILE.py:FUNCTION inside a project"),
+        ({"objective": "..\\train.py:objective"}, None, "which is no FILE.py:FUNCTION inside a project"),
+        ({"objective": "train.py:a b"}, None, "which is no FILE.py:FUNCTION inside a project"),
+        ({"objective": "os:system"}, None, "has no file os.py. Code that a checkpoint names is imported only inside"),
+        ({"objective": "absent.py:objective"}, None, "has no file absent.py"),
+        ({"source_sha256": "0" * 64}, None, "is not the file that it was when the checkpoint was written"),
+        ({"objective": "train.py:prints"}, None, "has no function prints at its top level with @curvkit.objective"),
+        ({"objective": "train.py:absent"}, None, "has no function absent at its top level"),
+        ({}, MARKED.replace("@curvkit.objective\n", ""), "has no function objective at its top level with @curvkit"),
+        (
+            {},
+            MARKED.replace("@curvkit.objective", "@other"),
+            "has no function objective at its top level with @curvkit",
+        ),
+        (
+            {},
+            MARKED.replace("def objective(): pass", "class C:\n    def objective(): pass"),
+            "has no function objective",
+        ),
+        ({}, MARKED + "def objective(): pass\n", "has no function objective at its top level with @curvkit"),
+        ({}, MARKED + "def (:\n", "is no Python that can be read"),
+    ],
+)
+def test_code_that_a_checkpoint_names_is_refused(
+    tmp_path: Path, changes: dict[str, Any], source: str | None, text: str
+):
+    if source is not None:
+        Path("train.py").write_text(source)
+    path = a_named_recipe(tmp_path / "ckpt.pt", **changes)
+    with pytest.raises(RefusedCheckpoint, match=re.escape(text)) as caught:
+        resolve(read(path))
+    assert "Nothing was imported." in str(caught.value)
+    assert not Path("imported").exists()
+    assert "train" not in sys.modules
+
+
+def test_code_outside_of_the_project_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    outside, project = tmp_path / "download", tmp_path / "project"
+    outside.mkdir()
+    project.mkdir()
+    monkeypatch.chdir(outside)
+    Path("train.py").write_text(TRAIN + "open('imported', 'w').close()\n")
+    path = a_named_recipe(outside / "ckpt.pt")
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("CURVKIT_SHARPNESS_TRUST", "1")
+    monkeypatch.setenv("CURVKIT_TRUST", "1")
+    with pytest.raises(RefusedCheckpoint, match="has no file train.py. Code that a checkpoint names is imported only"):
+        resolve(read(path))
+    Path("train.py").symlink_to(outside / "train.py")
+    with pytest.raises(RefusedCheckpoint, match="train.py is a link out of the current project"):
+        resolve(read(path))
+    Path("train.py").unlink()
+    Path("train.py").write_text(TRAIN)
+    with monkeypatch.context() as patched:
+        patched.setattr("curvkit.resolving.named_code.MOST_BYTES", 10)
+        with pytest.raises(RefusedCheckpoint, match="train.py is larger than any source file. Nothing was imported."):
+            resolve(read(path))
+    Path("train.py").unlink()
+    assert not Path("imported").exists()
+    found = resolve(read(path), Request(trust=Trust(everything=True)))
+    assert Path("imported").exists()
+    assert found.objective.parameters.n == 51
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"format": 9}, "Recipe: format 9 is not known to this version, which reads 1. Update curvkit."),
+        (
+            {"source_sha256": None},
+            "Recipe: a named recipe has the texts objective and source_sha256, and the dict kwargs.",
+        ),
+        ({"objective": 3}, "Recipe: a named recipe has the texts"),
+        ({"kwargs": [6]}, "Recipe: a named recipe has the texts"),
+        ({"kwargs": {3: 6}}, "Recipe: a named recipe has the texts"),
+        ({"builder": "mlp"}, "and the dict kwargs, but not 'builder'."),
+        ({"kwargs": {"hiden": 6}}, "The recipe in the checkpoint gives hiden=6, but the function takes hidden."),
+    ],
+)
+def test_a_named_recipe_of_another_form(tmp_path: Path, changes: dict[str, Any], text: str):
+    path = a_named_recipe(tmp_path / "ckpt.pt", **changes)
+    with pytest.raises(UnknownObjective, match=re.escape(text)):
+        resolve(read(path))
+
+
+def test_a_function_that_could_not_be_found_again(tmp_path: Path):
+    @mark
+    def inner() -> None: ...
+
+    train = load_factory("train.py:objective")
+    for recipe, text in [
+        (functools.partial(train, 6), "recipe is a partial with positional arguments (6,). Give them by keyword."),
+        (load_factory("train.py:prints"), "recipe=prints is not marked. Write @curvkit.objective above the function"),
+        (inner, "is no function at the top level of a file, so that it could not be found again"),
+    ]:
+        with pytest.raises(InvalidArgument, match=re.escape(text)):
+            save(tmp_path / "ckpt.pt", model=net(), recipe=recipe)
+    with pytest.raises(InvalidArgument, match="a checkpoint holds tensors and plain values only"):
+        save(tmp_path / "ckpt.pt", model=net(), recipe=functools.partial(train, hidden=object()))

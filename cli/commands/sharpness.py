@@ -10,39 +10,63 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import cross_checking, measuring, options, planning, records, render
+from .. import cross_checking, measuring, planning, records, render
+from ..budget import Budget, budget
+from ..configured import ConfiguredCommand
+from ..data import Data, data
 from ..failures import say
+from ..groups import option
 from ..interrupts import INTERRUPTED, conclude
 from ..measuring import NOT_CONVERGED
-from ..options import Budget, Data, Output, Target
+from ..output import Output, output
 from ..progress import counted
+from ..target import Target, target
 
 if TYPE_CHECKING:
     from curvkit.measures import Sharpness, SharpnessSettings
     from curvkit.objectives import Objective
     from curvkit.operators import Forecast
 
+HEADING = "Eigenvalues"
 
-@click.command()
-@options.target
-@click.option("-k", "--num", type=click.IntRange(min=1), default=1, show_default=True, help="How many eigenvalues.")
-@click.option(
+
+@click.command(cls=ConfiguredCommand)
+@target
+@option(
+    "-k",
+    "--num",
+    heading=HEADING,
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many eigenvalues.",
+)
+@option(
     "--which",
+    heading=HEADING,
     type=click.Choice(["largest", "smallest", "both", "magnitude"]),
     default="largest",
     show_default=True,
     help="Largest or smallest algebraic, both ends, or largest magnitude.",
 )
-@click.option(
+@option(
     "--block-size",
+    heading=HEADING,
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
     help="Vectors per step; b shows multiplicities up to b.",
 )
-@options.data
-@options.budget
-@options.output
+@data
+@option(
+    "--data-doubt/--no-data-doubt",
+    heading="Data",
+    default=True,
+    show_default=True,
+    help="Also measure how far the result depends on the sample (doubles the cost).",
+)
+@budget
+@output
 @click.pass_context
 def sharpness(
     ctx: click.Context,
@@ -51,25 +75,27 @@ def sharpness(
     which: str,
     block_size: int,
     data: Data,
+    data_doubt: bool,
     budget: Budget,
     output: Output,
 ) -> int:
     """Largest Hessian eigenvalues of a CHECKPOINT, with intervals.
 
-    The checkpoint is a file of torch.save. If curvkit.save wrote it with a recipe, nothing else is needed; else say with --objective
-    which function returns curvkit.Objective(model, loss, data). Only weights are read from the file; nothing in it is run.
+    A checkpoint is a file of torch.save or safetensors, or a directory of Hugging Face, PEFT or torch.distributed. Language models of
+    Hugging Face and nanoGPT need --data alone, files of curvkit.save with a recipe nothing; for others `curvkit init` writes a function to
+    fill in. Weights are read as data; nothing in the file is run.
 
     Each eigenvalue comes with a residual that is recomputed by a true product, and with the interval that follows from it. Doubt
     from the sample of data is measured apart.
     """
-    settings = _settings(num, which, block_size, data, budget)
+    settings = _settings(num, which, block_size, data_doubt, budget)
     if budget.plan:
-        return planning.planned(ctx, target, data.batches, output, partial(_forecast, settings=settings))
+        return planning.planned(ctx, target, data, output, partial(_forecast, settings=settings))
     destination = records.destination(output, "sharpness.json")
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
         from curvkit.measures import sharpness_steps
 
-        resolved = measuring.resolved_objective(target, data.batches, output)
+        resolved = measuring.resolved_objective(ctx, target, data, output)
         cross_checking.refuse(budget.cross_check, resolved.objective, which)
         steps = sharpness_steps(resolved.objective, settings, seed=budget.seed)
         told = partial(_told, settings=settings)
@@ -79,7 +105,7 @@ def sharpness(
     result = {"interrupted": interrupted} if latest is None else {**latest.to_dict(), "interrupted": interrupted}
     record = records.describe(ctx, target, resolved) | measuring.facts(latest)
     document = render.json_document("sharpness", result, record)
-    name = str(target.checkpoint)
+    name = measuring.title(target, resolved)
     measuring.show(
         latest,
         document,
@@ -99,7 +125,7 @@ def sharpness(
     return _judge(latest, output)
 
 
-def _settings(num: int, which: Any, block_size: int, data: Data, budget: Budget) -> SharpnessSettings:
+def _settings(num: int, which: Any, block_size: int, data_doubt: bool, budget: Budget) -> SharpnessSettings:
     from curvkit.linalg import lanczos
     from curvkit.measures import SharpnessSettings
 
@@ -118,7 +144,7 @@ def _settings(num: int, which: Any, block_size: int, data: Data, budget: Budget)
         search,
         residency=residency,
         memory_bytes=budget.memory,
-        data_doubt=data.data_doubt,
+        data_doubt=data_doubt,
         rule=rule,
         rounding=rounding,
         preflight=budget.preflight,

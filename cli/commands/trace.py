@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import cross_checking, measuring, options, planning, records, render, render_trace
+from .. import cross_checking, measuring, planning, records, render, render_trace
+from ..budget import Sampling, sampling
+from ..configured import ConfiguredCommand
+from ..data import Data, data
 from ..failures import say
+from ..groups import option
 from ..interrupts import INTERRUPTED, conclude
 from ..measuring import NOT_CONVERGED
-from ..options import Output, Sampling, Target
+from ..output import Output, output
 from ..progress import counted
+from ..target import Target, target
 
 if TYPE_CHECKING:
     from curvkit.measures import Trace, TraceSettings
@@ -23,35 +28,37 @@ if TYPE_CHECKING:
     from curvkit.operators import Forecast
 
 
-@click.command()
-@options.target
-@click.option(
+@click.command(cls=ConfiguredCommand)
+@target
+@data
+@sampling
+@option(
     "--by",
+    heading="Output",
     type=click.Choice(["layer", "param"]),
     default="layer",
     show_default=True,
     help="Rows of the table: layers, or parameter tensors.",
 )
-@options.BATCHES
-@options.sampling
-@options.output
+@output
 @click.pass_context
-def trace(ctx: click.Context, target: Target, by: str, batches: int | None, sampling: Sampling, output: Output) -> int:
+def trace(ctx: click.Context, target: Target, by: str, data: Data, sampling: Sampling, output: Output) -> int:
     """Hessian trace of a CHECKPOINT, with its interval, by layer.
 
-    The checkpoint is a file of torch.save. If curvkit.save wrote it with a recipe, nothing else is needed; else say with --objective
-    which function returns curvkit.Objective(model, loss, data). Only weights are read from the file; nothing in it is run.
+    A checkpoint is a file of torch.save or safetensors, or a directory of Hugging Face, PEFT or torch.distributed. Language models of
+    Hugging Face and nanoGPT need --data alone, files of curvkit.save with a recipe nothing; for others `curvkit init` writes a function to
+    fill in. Weights are read as data; nothing in the file is run.
 
     The trace is the sum of all eigenvalues. It is exact where that is cheap; else the 95 % interval holds it for the data at hand.
     """
     settings = _settings(sampling)
     if sampling.plan:
-        return planning.planned(ctx, target, batches, output, partial(_forecast, settings=settings))
+        return planning.planned(ctx, target, data, output, partial(_forecast, settings=settings))
     destination = records.destination(output, "trace.json")
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
         from curvkit.measures import trace_steps
 
-        resolved = measuring.resolved_objective(target, batches, output)
+        resolved = measuring.resolved_objective(ctx, target, data, output)
         cross_checking.refuse(sampling.cross_check, resolved.objective)
         steps = trace_steps(resolved.objective, settings, seed=sampling.seed)
         told = partial(_told, most=sampling.max_products)
@@ -61,7 +68,7 @@ def trace(ctx: click.Context, target: Target, by: str, batches: int | None, samp
     result = {"interrupted": interrupted} if latest is None else {**latest.to_dict(), "interrupted": interrupted}
     record = records.describe(ctx, target, resolved) | measuring.facts(latest)
     document = render.json_document("trace", result, record)
-    name = str(target.checkpoint)
+    name = measuring.title(target, resolved)
     measuring.show(
         latest,
         document,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # headers are read without torch, by files that can also make a Checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +49,9 @@ class Checkpoint:
     def lr(self) -> list[float]:
         """Distinct learning rates of the optimizer's groups, in order."""
         groups = (self.optimizer or {}).get("param_groups")
-        rates = [group.get("lr") for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
-        return list(
-            dict.fromkeys(
-                float(lr) for lr in rates if isinstance(lr, int | float) or (isinstance(lr, Tensor) and lr.numel() == 1)
-            )
-        )
+        listed: list[Any] = groups if isinstance(groups, list) else []
+        rates: list[Any] = [group.get("lr") for group in listed if isinstance(group, Mapping)]
+        return list(dict.fromkeys(float(lr) for lr in rates if isinstance(lr, int | float) or _is_number(lr)))
 
     def __str__(self) -> str:
         """One line for people."""
@@ -66,3 +64,8 @@ class Checkpoint:
         if self.lr:
             parts.append(f"optimizer with lr {', '.join(f'{lr:.4g}' for lr in self.lr[:3])}")
         return " · ".join(parts)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a tensor of one number."""
+    return hasattr(value, "untyped_storage") and value.numel() == 1

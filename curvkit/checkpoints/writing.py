@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from curvkit.checkpoints.named_recipes import NamedRecipe
 from curvkit.checkpoints.recipes import Recipe, check_recipe
 from curvkit.errors import InvalidArgument
 
@@ -24,7 +25,7 @@ def save(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     step: int | None = None,
-    recipe: Recipe | Mapping[str, Any] | None = None,
+    recipe: Recipe | Mapping[str, Any] | Callable[..., Any] | None = None,
 ) -> Path:
     """Save a checkpoint that `curvkit sharpness` can measure without any flag.
 
@@ -37,7 +38,9 @@ def save(
         model: Its `state_dict()` is saved.
         optimizer: Its `state_dict()` is saved.
         step: Of training.
-        recipe: How to rebuild the objective without any code: a `Recipe`, or its dict.
+        recipe: How to rebuild the objective: without any code by a `Recipe` or its dict; or the function marked with
+            `@curvkit.objective` that makes it (a `functools.partial` gives its arguments), of which name and hash of the file are kept. It
+            is called again only inside the project where that file lies unchanged.
 
     Returns:
         The path.
@@ -66,12 +69,18 @@ def save(
         own["optimizer"] = type(optimizer).__name__
         own["optimizer_names"] = _names(model, optimizer)
     if recipe is not None:
-        recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
-        check_recipe(recipe, model)
-        own["recipe"] = _plain(recipe.to_dict(), "recipe")
+        own["recipe"] = _plain(_checked(recipe, model).to_dict(), "recipe")
     content["curvkit"] = own
     _write(path, content)
     return path
+
+
+def _checked(recipe: Recipe | Mapping[str, Any] | Callable[..., Any], model: nn.Module) -> Recipe | NamedRecipe:
+    if not isinstance(recipe, Recipe | Mapping):
+        return NamedRecipe.of(recipe)
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
+    check_recipe(recipe, model)
+    return recipe
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -94,6 +94,8 @@ class KnownLoss:
 
     function: Callable[..., Tensor]
     options: Mapping[str, Any]
+    attribute: str | None = None
+    """Of what the model returns, for models that return an object: "logits" of a Hugging Face model."""
 
     @property
     def name(self) -> str:
@@ -143,6 +145,8 @@ class KnownLoss:
         """
         inputs, named, targets = inputs_and_targets(batch)
         outputs = model(*inputs, **named)
+        if self.attribute is not None:
+            outputs = self._picked(outputs)
         if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
             what, got = ("model", outputs) if not isinstance(outputs, Tensor) else ("targets", targets)
             raise UnknownObjective(
@@ -150,6 +154,15 @@ class KnownLoss:
                 "Write curvkit.BatchLoss(fn) with fn(model, batch), which picks the tensors itself."
             )
         return outputs, targets
+
+    def _picked(self, outputs: Any) -> Any:
+        picked = getattr(outputs, str(self.attribute), None)
+        if picked is None:
+            raise UnknownObjective(
+                f"Objective: {self.name} takes the attribute {self.attribute!r} of what the model returns, and a "
+                f"{type(outputs).__name__} has none. Write curvkit.BatchLoss(fn) with fn(model, batch), which picks the tensors itself."
+            )
+        return picked
 
     def terms_of(self, outputs: Tensor, targets: Tensor) -> LossTerms:
         """The same on outputs that are already there.

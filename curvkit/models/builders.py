@@ -12,9 +12,12 @@ from torch import nn
 from curvkit.errors import InvalidArgument
 from curvkit.models.decoder import Decoder
 from curvkit.models.mlp import MLP
+from curvkit.models.nanogpt import GPT
 from curvkit.models.resnet import ResNet
 
-BUILDERS: Mapping[str, type[nn.Module]] = MappingProxyType({"mlp": MLP, "resnet": ResNet, "decoder": Decoder})
+BUILDERS: Mapping[str, type[nn.Module]] = MappingProxyType(
+    {"mlp": MLP, "resnet": ResNet, "decoder": Decoder, "nanogpt": GPT}
+)
 """Name in a recipe -> class. Nothing outside this table is ever built from a name."""
 
 

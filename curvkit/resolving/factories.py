@@ -23,14 +23,15 @@ class FactoryFailed(Exception):
 
 
 @contextlib.contextmanager
-def neighbours(reference: str) -> Generator[None]:
+def neighbours(reference: str, base: Path | None = None) -> Generator[None]:
     """Let the user's code import what lies beside it, as `python train.py` would, while it is imported and called.
 
     Args:
         reference: As of `load_factory`.
+        base: Likewise.
     """
-    place = reference.rpartition(":")[0]
-    directory = str(Path(place).resolve().parent if place.endswith(".py") else Path.cwd())
+    place, base = reference.rpartition(":")[0], base or Path.cwd()
+    directory = str((base / place).resolve().parent if place.endswith(".py") else base.resolve())
     sys.path.insert(0, directory)
     try:
         yield
@@ -39,11 +40,13 @@ def neighbours(reference: str) -> Generator[None]:
             sys.path.remove(directory)
 
 
-def load_factory(reference: str) -> Callable[..., Any]:
+def load_factory(reference: str, base: Path | None = None, *, said: str = "--objective") -> Callable[..., Any]:
     """Import the function that a reference names.
 
     Args:
-        reference: "path/to/file.py:function", or "package.module:function" importable from the current directory.
+        reference: "path/to/file.py:function", or "package.module:function" importable from the base.
+        base: A directory; None is the current one.
+        said: Where the reference stands, for messages.
 
     Returns:
         The function.
@@ -56,27 +59,30 @@ def load_factory(reference: str) -> Callable[..., Any]:
     well_formed = place.endswith(".py") or all(part.isidentifier() for part in place.split("."))
     if not colon or not well_formed or not name.isidentifier():
         raise InvalidArgument(
-            f"--objective {reference!r}: expected FILE.py:FUNCTION or MODULE:FUNCTION, for example train.py:objective."
+            f"{said} {reference!r}: expected FILE.py:FUNCTION or MODULE:FUNCTION, for example train.py:objective."
         )
-    with neighbours(reference):
-        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    with neighbours(reference, base):
+        module = _import_file(Path(place), base, said) if place.endswith(".py") else _import_module(place, base, said)
     found = getattr(module, name, None)
     if not callable(found):
         marked = [key for key, value in vars(module).items() if is_objective(value)]
         hint = f"; marked with @curvkit.objective: {', '.join(marked)}" if marked else ""
         raise InvalidArgument(
-            f"--objective {reference!r}: {place} has no function {name!r}{hint}. "
+            f"{said} {reference!r}: {place} has no function {name!r}{hint}. "
             "Write one that returns curvkit.Objective(model, loss, data)."
         )
     return found
 
 
-def call_factory(factory: Callable[..., Any], settings: Mapping[str, str]) -> Objective:
+def call_factory(
+    factory: Callable[..., Any], settings: Mapping[str, str], given: Mapping[str, Any] | None = None
+) -> Objective:
     """Call an objective factory with the values of `--set`, converted by its annotations.
 
     Args:
         factory: The function.
         settings: Keyword -> text.
+        given: Keyword -> value of a recipe; `settings` win.
 
     Returns:
         What it made.
@@ -87,7 +93,7 @@ def call_factory(factory: Callable[..., Any], settings: Mapping[str, str]) -> Ob
         FactoryFailed: If the function raised.
     """
     name = getattr(factory, "__name__", str(factory))
-    keywords = _converted(factory, settings)
+    keywords = _converted(factory, settings, given or {})
     try:
         made = factory(**keywords)
     except (Exception, SystemExit) as error:
@@ -99,7 +105,7 @@ def call_factory(factory: Callable[..., Any], settings: Mapping[str, str]) -> Ob
     return made
 
 
-def _converted(factory: Callable[..., Any], settings: Mapping[str, str]) -> dict[str, Any]:
+def _converted(factory: Callable[..., Any], settings: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         parameters = dict(inspect.signature(factory).parameters)
     except (ValueError, TypeError):  # some builtins do not tell
@@ -110,7 +116,13 @@ def _converted(factory: Callable[..., Any], settings: Mapping[str, str]) -> dict
         hints = typing.get_type_hints(factory)
     except Exception:  # annotations may be any expression
         hints = {}
-    values: dict[str, Any] = {}
+    strange = [key for key in given if key not in named and not takes_all]
+    if strange:
+        raise UnknownObjective(
+            f"The recipe in the checkpoint gives {strange[0]}={given[strange[0]]!r}, but the function takes "
+            f"{', '.join(named) or 'nothing'}. It has changed; name it with --objective, its arguments with --set."
+        )
+    values = dict(given)
     for key, text in settings.items():
         if key not in named and not takes_all:
             raise InvalidArgument(
@@ -146,15 +158,14 @@ def _value(key: str, text: str, kind: Any) -> Any:
     )
 
 
-def _import_file(path: Path) -> types.ModuleType:
+def _import_file(named: Path, base: Path | None, said: str) -> types.ModuleType:
+    path = named if base is None else base / named
     if not path.is_file():
-        raise InvalidArgument(
-            f"--objective {str(path)!r}: there is no such file. Paths are taken from the current directory, {_here()}."
-        )
+        raise InvalidArgument(f"{said} {str(named)!r}: there is no such file. Paths are taken from {_place(base)}.")
     name = path.stem if path.stem not in sys.modules else f"curvkit_objective_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise InvalidArgument(f"--objective {str(path)!r}: Python cannot import it. Pass a .py file.")
+        raise InvalidArgument(f"{said} {str(named)!r}: Python cannot import it. Pass a .py file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up
     try:
@@ -165,18 +176,22 @@ def _import_file(path: Path) -> types.ModuleType:
     return module
 
 
-def _import_module(name: str) -> types.ModuleType:
+def _import_module(name: str, base: Path | None, said: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise InvalidArgument(
-                f"--objective: no module {name!r} from {_here()}. Name the file instead, for example path/to/train.py:objective."
+                f"{said}: no module {name!r} from {_here(base)}. Name the file instead, for example path/to/train.py:objective."
             ) from error
         raise FactoryFailed(f"{name} was imported") from error
     except (Exception, SystemExit) as error:
         raise FactoryFailed(f"{name} was imported") from error
 
 
-def _here() -> str:
-    return os.path.basename(os.getcwd()) or "/"
+def _place(base: Path | None) -> str:
+    return f"the current directory, {_here(None)}" if base is None else str(base)
+
+
+def _here(base: Path | None) -> str:
+    return (os.path.basename(os.getcwd()) or "/") if base is None else str(base)

@@ -1,0 +1,115 @@
+"""Rows of a directory that `datasets.save_to_disk` wrote; the only file that imports datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curvkit.errors import InvalidArgument, MissingExtra, UnknownObjective
+
+MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""Files of which such a directory has one."""
+COLUMNS = ("input_ids", "text")
+"""Columns that are read; the first that is there."""
+ROWS = 256
+"""Rows read at a time."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The column of one split that is measured on."""
+
+    column: str
+    """"text" or "input_ids"."""
+    split: str | None
+    """Its name, if the directory has several."""
+    dataset: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        """Texts, or lists of ids without the padding.
+
+        Yields:
+            One row after the other.
+        """
+        for start in range(0, len(self.dataset), ROWS):
+            rows = self.dataset[start : start + ROWS]
+            masks = rows.get("attention_mask")
+            for index, value in enumerate(rows[self.column]):
+                yield (
+                    value if masks is None else [token for token, kept in zip(value, masks[index], strict=True) if kept]
+                )
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether a directory looks like one of `datasets.save_to_disk`.
+
+    Args:
+        path: A directory.
+
+    Returns:
+        True if a file that marks it is there; nothing is read.
+    """
+    return any((path / mark).is_file() for mark in MARKS)
+
+
+def open_rows(path: Path, split: str | None) -> Rows:
+    """Open a directory and choose split and column.
+
+    Args:
+        path: The directory.
+        split: Its name; needed if there are several.
+
+    Returns:
+        The rows, read as they are iterated.
+
+    Raises:
+        MissingExtra: If datasets is not installed.
+        InvalidArgument: If the split is not there, or must be named.
+        UnknownObjective: If the directory cannot be opened, or has neither of the columns.
+
+    Cost: the tables are mapped, not read.
+    """
+    try:
+        import datasets  # an optional package
+    except ImportError as error:
+        raise MissingExtra(
+            f"--data {path}: a directory of datasets is read by the package datasets, which is not installed. "
+            "Type: pip install 'curvkit[hf]'"
+        ) from error
+    try:
+        opened: Any = datasets.load_from_disk(str(path.resolve()))
+    except Exception as error:  # whatever pyarrow and datasets raise for damaged files
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UnknownObjective(
+            f"--data {path}: datasets cannot open it ({reason[:200]}). Write it again with dataset.save_to_disk({path.name!r})."
+        ) from error
+    chosen = None
+    if isinstance(opened, datasets.DatasetDict):
+        chosen = _chosen(path, [str(name) for name in opened], split)
+        opened = opened[chosen]
+    elif split is not None:
+        raise InvalidArgument(f"--split {split}: {path} has one table and no splits. Leave --split out.")
+    column = next((name for name in COLUMNS if name in opened.column_names), None)
+    if column is None:
+        found = ", ".join(opened.column_names) or "none"
+        raise UnknownObjective(
+            f"--data {path}: no column 'text' or 'input_ids'; its columns are: {found}. Rename one, for example "
+            f"dataset.rename_column({(opened.column_names or ['content'])[0]!r}, 'text'), and save it again."
+        )
+    wanted = [
+        column,
+        *(["attention_mask"] if column == "input_ids" and "attention_mask" in opened.column_names else []),
+    ]
+    return Rows(column, chosen, opened.select_columns(wanted).with_format(None))
+
+
+def _chosen(path: Path, names: list[str], split: str | None) -> str:
+    if split is None and len(names) == 1:
+        return names[0]
+    if split in names:
+        return str(split)
+    told = "which of its splits" if split is None else f"no split {split!r}; it has"
+    advice = "validation" if "validation" in names else (names or ["train"])[-1]
+    raise InvalidArgument(f"--data {path}: {told}: {', '.join(names) or 'none'}. Pass for example --split {advice}.")

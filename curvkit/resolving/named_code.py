@@ -1,0 +1,105 @@
+"""Whether code that a checkpoint names may be imported: only inside the current project, marked, and unchanged."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from curvkit.checkpoints import Checkpoint
+from curvkit.checkpoints.named_recipes import NamedRecipe
+from curvkit.checkpoints.trust import Trust
+from curvkit.errors import RefusedCheckpoint
+from curvkit.resolving.config import project_root
+
+MARKS = ("curvkit.objective", "objective")
+"""How the decorator looks in the source."""
+MOST_BYTES = 1 << 24
+
+
+def admitted_file(recipe: NamedRecipe, checkpoint: Checkpoint, trust: Trust, here: Path) -> tuple[Path, str]:
+    """Find the file that a named recipe means, and refuse it unless it is plainly the user's own and unchanged.
+
+    It is looked for from the current directory upwards, then from the checkpoint upwards, never outside of the current project (the
+    repository around the current directory, or that directory). It must have the hash that the recipe has, and a top-level function of
+    the name with `@curvkit.objective` above it; both are checked on the bytes of the file before anything is imported.
+
+    Args:
+        recipe: Of the checkpoint.
+        checkpoint: For its path.
+        trust: If everything is trusted, the file needs neither hash nor mark, and may lie beside a checkpoint anywhere.
+        here: The current directory.
+
+    Returns:
+        The file, and the name of the function.
+
+    Raises:
+        RefusedCheckpoint: Otherwise; nothing was imported.
+
+    Cost: the file is read and parsed once.
+    """
+    place, _, name = recipe.objective.rpartition(":")
+    relative = PurePosixPath(place if place.endswith(".py") else f"{place.replace('.', '/')}.py")
+    if (
+        not name.isidentifier()
+        or relative.is_absolute()
+        or ".." in relative.parts
+        or "\\" in place
+        or not relative.stem
+    ):
+        raise RefusedCheckpoint(
+            f"{checkpoint.path}: its recipe names {recipe.objective!r}, which is no FILE.py:FUNCTION inside a project. {_nothing(name)}"
+        )
+    root = project_root(here)
+    file = next((found for found in _candidates(relative, checkpoint, trust, here, root) if found.is_file()), None)
+    if file is None:
+        raise RefusedCheckpoint(
+            f"{checkpoint.path}: its recipe names {recipe.objective}, and the current project ({root}) has no file {relative}. Code that a "
+            f"checkpoint names is imported only inside the current project. {_nothing(name)}"
+        )
+    if not trust.everything:
+        _check(file, name, recipe, checkpoint, root)
+    return file, name
+
+
+def _candidates(
+    relative: PurePosixPath, checkpoint: Checkpoint, trust: Trust, here: Path, root: Path
+) -> Iterator[Path]:
+    for start in (here.resolve(), checkpoint.path.resolve().parent):
+        for directory in (start, *start.parents):
+            if directory.is_relative_to(root) or (trust.everything and directory == start):
+                yield directory / relative
+
+
+def _check(file: Path, name: str, recipe: NamedRecipe, checkpoint: Checkpoint, root: Path) -> None:
+    said = f"{checkpoint.path}: its recipe names {recipe.objective}, and {file}"
+    if not file.resolve().is_relative_to(root):
+        raise RefusedCheckpoint(f"{said} is a link out of the current project ({root}). {_nothing(name)}")
+    if file.stat().st_size > MOST_BYTES:
+        raise RefusedCheckpoint(f"{said} is larger than any source file. {_nothing(name)}")
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != recipe.source_sha256.lower():
+        raise RefusedCheckpoint(
+            f"{said} is not the file that it was when the checkpoint was written (another SHA-256). If it still makes this model: "
+            f"--objective {_shown(file)}:{name}. Nothing was imported."
+        )
+    try:
+        body = ast.parse(content).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise RefusedCheckpoint(f"{said} is no Python that can be read. {_nothing(name)}") from error
+    functions = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == name]
+    if not functions or not any(ast.unparse(mark) in MARKS for mark in functions[-1].decorator_list):
+        raise RefusedCheckpoint(
+            f"{said} has no function {name} at its top level with @curvkit.objective above it. Write the mark there, save the checkpoint "
+            f"again, or name the function yourself: --objective {_shown(file)}:{name}. Nothing was imported."
+        )
+
+
+def _nothing(name: str) -> str:
+    return f"Nothing was imported. Name the function yourself: --objective FILE.py:{name if name.isidentifier() else 'FUNCTION'}."
+
+
+def _shown(file: Path) -> str:
+    here = Path.cwd().resolve()
+    return str(file.relative_to(here)) if file.is_relative_to(here) else str(file)
