@@ -56,6 +56,8 @@ def resolved_objective(ctx: click.Context, target: Target, data: Data, output: O
 
     request = _request(ctx, target, data)
     checkpoint = read(target.checkpoint, key=target.key, ema=target.ema, trust=target.trusted)
+    if checkpoint.recipe is not None and not _typed(ctx, "data") and not _typed(ctx, "demo_data"):
+        request = replace(request, data=None, demo_data=False)
     ctx.meta[READ] = (checkpoint.path, checkpoint.base)
     resolved = resolve(checkpoint, request)
     ctx.meta[NOTES] = notes = (*_choices(checkpoint), *checkpoint.notes, *resolved.notes)
@@ -92,11 +94,18 @@ def title(target: Target, resolved: Resolved) -> str:
 
 
 def _request(ctx: click.Context, target: Target, data: Data) -> Request:
-    """What resolving is asked for; a function that the environment names is left to it, since a text that is typed wins over that."""
+    """What resolving is asked for. A text that is typed wins over a function that is configured, and a text that is configured over none.
+
+    A function that the environment names is left to resolving, which says so.
+    """
     from curvkit.resolving.request import Request, TextData
 
+    configured = target.config.objective if target.config is not None else None
     passed = ctx.get_parameter_source("objective") is ParameterSource.ENVIRONMENT and ENVIRONMENT in os.environ
-    text = None if data.data is None else TextData(data.data, data.seq_len, data.tokens, data.split)
+    function = target.objective is not None or configured is not None
+    text = None
+    if data.data is not None and (_typed(ctx, "data") or not function):
+        text = TextData(data.data, data.seq_len, data.tokens, data.split)
     return Request(
         objective=None if passed else target.objective,
         settings=dict(target.set),
@@ -104,10 +113,14 @@ def _request(ctx: click.Context, target: Target, data: Data) -> Request:
         data=text,
         config=target.config,
         trust=target.trusted,
-        demo_data=data.demo_data,
+        demo_data=data.demo_data and (_typed(ctx, "demo_data") or not function),
         seq_len=data.seq_len,
         tokens=data.tokens,
     )
+
+
+def _typed(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def _device(name: str) -> str:

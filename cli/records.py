@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 READ = "curvkit.read"
 """Where a context keeps the paths of the checkpoint that was read and of its base."""
+OTHERS = re.compile(r"\.|checkpoint-\d+$")
+"""Directories within a checkpoint's that are not its own: hidden ones, and other checkpoints of the run."""
 NOTES = "curvkit.notes"
 """Where it keeps what was noted while the objective was found."""
 
@@ -56,7 +59,8 @@ def _checkpoint(ctx: click.Context, target: Target) -> dict[str, Any]:
         name = path.resolve().name  # also of `.`
         if not path.is_dir():
             return {"name": name, "digest": digest(path)}
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        inner = [child for child in path.iterdir() if child.is_dir() and not OTHERS.match(child.name)]
+        files = sorted(file for folder in (path, *inner) for file in folder.iterdir() if file.is_file())
         return {"name": name, "files": {file.relative_to(path).as_posix(): _digest(file) for file in files}}
 
     def _digest(file: Path) -> str:

@@ -125,6 +125,7 @@ def work(rank, out):
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
         content = {"model": model.state_dict(), "optimizer": FullyShardedDataParallel.optim_state_dict(model, optimizer)}
         dcp.save(content, checkpoint_id=out / "fsdp1")
+    dist.barrier()  # a process that leaves early would take its connections away from the other
     dist.destroy_process_group()
 
 if __name__ == "__main__":
@@ -136,5 +137,6 @@ def of_two_processes(out: Path) -> Path:
     script = out / "write.py"
     script.write_text(PROCESSES)
     command = [sys.executable, str(script), str(out)]
-    subprocess.run(command, env=environment(), check=True, timeout=120, capture_output=True)
+    done = subprocess.run(command, env=environment(), check=False, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return out

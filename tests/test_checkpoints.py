@@ -6,13 +6,11 @@ import argparse
 import collections
 import datetime
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import types
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,14 @@ import numpy as np
 import pytest
 import torch
 from oracles import seeded
-from safetensors.torch import save_file
 from samples import Payload, bare_pickle, environment, flipped, legacy, net, rewritten
 from torch import nn
+from torch_samples import exported, torchscript
 
 from curvkit import save
-from curvkit.checkpoints import Checkpoint, detect, digest, fit, read
+from curvkit.checkpoints import detect, digest, fit, read
 from curvkit.checkpoints.reading import WEIGHT_KEYS
-from curvkit.errors import CurvkitError, InvalidArgument, RefusedCheckpoint, UnknownObjective
+from curvkit.errors import InvalidArgument, RefusedCheckpoint, UnknownObjective
 
 
 @pytest.fixture
@@ -110,6 +108,10 @@ PLAIN_OBJECTS = {
     "time": datetime.datetime(2024, 1, 2),
     "duration": datetime.timedelta(seconds=3),
     "empty defaultdict": collections.defaultdict(list),
+    "filled defaultdict": collections.defaultdict(list, a=[1]),
+    "queue": collections.deque([1, 2], maxlen=3),
+    "version": torch.__version__,
+    "set": {1, 2},
     "counter": collections.Counter("aab"),
 }
 
@@ -199,46 +201,27 @@ def test_many_names_are_cut(path: Path):
     assert re.search(r"it refers to [\w., ]+ \.\.\., and loading that", refusal(path))
 
 
-def test_a_container_that_torch_does_not_load(path: Path):
-    torch.save({"model": weights(), "log": collections.defaultdict(list, a=[1])}, path)
-    text = refusal(path)
-    assert "more than tensors and plain data: " in text
-    assert "collections.defaultdict" in text
-
-
-def torchscript(path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.script(nn.Linear(2, 2)).save(str(path))
-
-
-def exported(path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(3, 2),)), path)
-
-
 @pytest.mark.parametrize(
     ("make", "kind", "text"),
     [
-        (torchscript, "torchscript", "a TorchScript file, which is not read. TorchScript is code. Save the weights"),
-        (exported, "exported program", "a program of torch.export, which is not read. It is code. Save the weights"),
-        (lambda p: save_file(weights(), p), "safetensors", "a safetensors file, which is not read. .* Convert it: "),
-        (lambda p: p.mkdir(), "directory", "a directory, which is not read. .* Pass the file that holds the weights."),
+        (torchscript, "torchscript", "a TorchScript file, which is code. Save the weights instead: torch.save(model"),
+        (exported, "exported program", "a program of torch.export, which is code. Save the weights instead: torch.s"),
     ],
-    ids=["torchscript", "exported", "safetensors", "directory"],
+    ids=["torchscript", "exported"],
 )
-def test_kinds_that_are_not_read(tmp_path: Path, make: Any, kind: str, text: str):
+def test_kinds_that_are_code(tmp_path: Path, make: Any, kind: str, text: str):
     path = tmp_path / "model.pt2"  # torch.export insists on the name
     make(path)
     assert detect(path).kind == kind
-    assert re.search(text, refusal(path))
+    assert text in refusal(path)
+    assert refusal(path).endswith("If you trust whoever made it, add --trust.")
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ([1, 2], "holds a list, not a state dict. Save the weights: torch.save"),
+        ([1, 2], "no state dict found. Its keys are: 0, 1. The weights are looked for under model, state_dict, "),
+        ("text", "holds a str, not a state dict. Save the weights: torch.save"),
         (torch.ones(2), "holds a Tensor, not a state dict"),
         ({}, "no state dict found. Its keys are: none. The weights are looked for under model, state_dict, "),
         ({"epoch": 1, "lr": 0.1}, "no state dict found. Its keys are: epoch, lr. "),
@@ -330,32 +313,7 @@ def test_a_record_that_claims_to_be_encrypted(path: Path):
     content[6] |= 1  # flags of the first record, and of its entry in the directory
     content[content.index(b"PK\x01\x02") + 8] |= 1
     path.write_bytes(content)
-    assert re.search(r"the archive is damaged \(.*encrypted", refusal(path))
-
-
-def test_mutated_files_are_refused_or_read(path: Path):
-    """Law: whatever the bytes, the outcome is a checkpoint or one of our errors."""
-    draws = random.Random(0)
-    sources = []
-    torch.save({"model": weights(), "args": argparse.Namespace(a=1), "best": np.float64(1)}, path)
-    sources.append(path.read_bytes())
-    legacy(weights(), path)
-    sources.append(path.read_bytes())
-    outcomes = collections.Counter()
-    for _ in range(400):
-        content, kind = bytearray(draws.choice(sources)), draws.random()
-        if kind < 0.6:
-            for _ in range(draws.choice((1, 3, 20))):
-                content[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
-        else:
-            first, last = sorted(draws.sample(range(len(content)), 2))
-            content = content[:first] if kind < 0.8 else content[:first] + content[last:]
-        path.write_bytes(content)
-        try:
-            outcomes[type(read(path))] += 1
-        except CurvkitError as error:
-            outcomes[type(error)] += 1
-    assert set(outcomes) == {Checkpoint, RefusedCheckpoint}
+    assert re.search(r"the record '\w+/data.pkl' is encrypted. Write the checkpoint again", refusal(path))
 
 
 # ---- into the model -------------------------------------------------------------------------------------------------
@@ -409,24 +367,6 @@ def test_long_lists_are_cut():
     assert "0.weight, 0.bias, 1.weight, 1.bias, 2.weight and 7 more" in str(caught.value)
     with pytest.raises(UnknownObjective, match="and 7 more"):
         fit(deep, {name: torch.ones(1) for name in deep.state_dict()}, "ckpt.pt")
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_the_prefix_of_a_wrapper_is_named(prefix: str):
-    with pytest.raises(UnknownObjective) as caught:
-        fit(net(), {prefix + name: tensor for name, tensor in weights().items()}, "ckpt.pt")
-    assert str(caught.value).endswith(
-        f"The names fit without the prefix {prefix!r}: save the state dict of the module that was wrapped."
-    )
-
-
-@pytest.mark.parametrize("change", ["another name", "an equal number of others"])
-def test_no_prefix_is_named_where_none_fits(change: str):
-    found = {f"module.{name}": tensor for name, tensor in weights().items()}
-    found["other" if change == "another name" else "inner.weight"] = found.pop("module.outer.bias")
-    with pytest.raises(UnknownObjective) as caught:
-        fit(net(), found, "ckpt.pt")
-    assert "prefix" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])

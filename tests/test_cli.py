@@ -1371,7 +1371,7 @@ def test_the_page_lists_what_a_recipe_may_name():
     assert re.findall(r"`(\w+)`", page.rpartition("`[N, T, V]`:")[2]) == sorted(LOSSES)
 
 
-@pytest.mark.parametrize("page", ["docs/cli.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["docs/checkpoints.md", "docs/quickstart.md"])
 def test_the_pages_list_the_keys_of_the_code(page: str):
     *most, last = (f"`{key}`" for key in WEIGHT_KEYS)
     assert f"{', '.join(most)} or {last}" in " ".join((PAGES / page).read_text().split())

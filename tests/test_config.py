@@ -255,10 +255,11 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         read_config(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="everything can be read by root")
 def test_an_unreadable_file(tmp_path: Path):
     path = written(tmp_path / "curvkit.toml")
     path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
     with pytest.raises(InvalidArgument, match="permission denied"):
         read_config(path)
 

@@ -79,6 +79,12 @@ def test_a_training_dict_comes_back_as_it_was(path: Path):
     found = read_distributed(saved(content, path))
     assert same(found, {**content, "model": dict(content["model"])})
     assert list(found["optimizer"]["state"]) == [0, 1, 2, 3]  # integers, as torch.optim has them
+    said = describe(path)
+    assert said.step == 5
+    assert list(said.groups["model"]) == list(content["model"])
+    assert sorted(said.groups["others"]) == ["empty", "half", "scalar", "turned", "yes"]
+    shutil.rmtree(path)
+    assert describe(saved({**content, "step": "five"}, path)).step is None
 
 
 def test_a_bare_state_dict(path: Path):
@@ -115,9 +121,9 @@ def test_pieces_are_put_together(path: Path):
     said = describe(path)
     assert said.notes == ("tensors in up to 4 pieces",)
     assert said.bytes == sum(file.stat().st_size for file in path.glob("*.distcp"))
-    assert {
-        group: stored[group].shape for group, stored in ((g, said.groups["model"]) for g in expected if g != "step")
-    } == {key: tuple(value.shape) for key, value in expected.items() if key != "step"}
+    shapes = {name: stored.shape for name, stored in said.groups["model"].items()}
+    assert shapes == {key: tuple(value.shape) for key, value in expected.items() if isinstance(value, torch.Tensor)}
+    assert said.step == 7
 
 
 def test_metadata_of_older_versions(path: Path):
@@ -190,7 +196,7 @@ def test_the_description_needs_no_torch(path: Path):
     )
     command = [sys.executable, "-c", program, str(saved(training(), path))]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout == "['mixed', 'model', 'optimizer'] False\n"
+    assert done.stdout == "['mixed', 'model', 'optimizer', 'others'] False\n"
 
 
 # ---- code ------------------------------------------------------------------------------------------------------------------

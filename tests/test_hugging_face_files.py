@@ -204,6 +204,14 @@ def test_weights_without_a_configuration(tmp_path: Path):
     assert describe(tmp_path).notes == (note,)
 
 
+def test_prefixes_of_wrappers_are_taken_away(tmp_path: Path):
+    compiled = torch.compile(net())
+    save_file(compiled.state_dict(), tmp_path / "model.safetensors")
+    found = read_directory(tmp_path, load=load)
+    assert equal(found.weights, net())
+    assert found.removed == ("_orig_mod.",)
+
+
 def test_the_step_is_in_the_name_where_nothing_else_says_it(tmp_path: Path):
     (tmp_path / "checkpoint-7").mkdir()
     save_file(net().state_dict(), tmp_path / "checkpoint-7" / "model.safetensors")

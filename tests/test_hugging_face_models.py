@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import json
 import re
 import socket
@@ -595,5 +596,36 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
             for name in [name for name in sys.modules if name.partition(".")[0] == module]:
                 patched.delitem(sys.modules, name)
             patched.setitem(sys.modules, module, None)
+            with pytest.raises(MissingExtra, match=re.escape(text)):
+                call()
+
+
+class Broken(importlib.abc.MetaPathFinder):
+    """Finds a package whose import ends in an error of something below it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        if fullname == self.name:
+            raise ImportError("libarrow.so: cannot open shared object file")
+
+
+def test_a_broken_package_is_named(monkeypatch: pytest.MonkeyPatch):
+    from curvkit.resolving import adapted_models, dataset_folders, transformers_library
+
+    for module, call, text in [
+        ("transformers", transformers_library.library, "transformers is installed but cannot be imported (libarrow.so"),
+        ("peft", adapted_models._peft, "peft is installed but cannot be imported (libarrow.so"),
+        (
+            "datasets",
+            lambda: dataset_folders.open_rows(Path("data"), None),
+            "installed but cannot be imported (libarrow.so",
+        ),
+    ]:
+        with monkeypatch.context() as patched:
+            for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+                patched.delitem(sys.modules, name)
+            patched.setattr(sys, "meta_path", [Broken(module), *sys.meta_path])
             with pytest.raises(MissingExtra, match=re.escape(text)):
                 call()

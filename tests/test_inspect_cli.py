@@ -15,7 +15,7 @@ import pytest
 import torch
 from curvkit_cli import render_inspection
 from curvkit_cli.main import run
-from samples import Payload, bare_pickle, curvkit, environment, examples, legacy, net
+from samples import TRAIN, Payload, bare_pickle, curvkit, environment, examples, legacy, net
 from torch import nn
 
 from curvkit import Recipe, save
@@ -189,13 +189,14 @@ def test_a_path_that_is_not_there(typed: Typed):
     assert "Path 'nothing.pt' does not exist." in err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="everything can be read by root")
 def test_a_file_that_may_not_be_read(typed: Typed):
     training()
     Path("ckpt.pt").chmod(0)
+    if os.access("ckpt.pt", os.R_OK):
+        pytest.skip("this user may read everything")
     code, _, err = typed("ckpt.pt")
-    assert code == 4
-    assert "cannot be read (Permission denied)" in err
+    assert code == 2
+    assert "Path 'ckpt.pt' is not readable." in err
 
 
 # ---- a stranger's names on a terminal --------------------------------------------------------------------------------
@@ -221,12 +222,10 @@ def test_nothing_in_a_file_reaches_the_terminal_as_it_is(typed: Typed):
             assert "evil" in out
 
 
-def test_a_hostile_name_in_an_error_message(capsys: pytest.CaptureFixture[str]):
+def test_a_hostile_name_in_an_error_message(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     torch.save({f"{ESCAPES}.weight": torch.ones(2)}, "ckpt.pt")
-    Path("train.py").write_text(
-        "import curvkit, torch\ndef objective():\n    return curvkit.Objective(torch.nn.Linear(1, 1), "
-        "torch.nn.functional.mse_loss, [(torch.ones(1, 1), torch.ones(1, 1))])\n"
-    )
+    Path("train.py").write_text(TRAIN)
+    monkeypatch.setitem(sys.modules, "train", None)  # so that the file is imported anew, and leaves nothing behind
     assert run(["sharpness", "ckpt.pt", "--objective", "train.py:objective"]) == 3
     err = capsys.readouterr().err
     assert not set(err) & set("\x1b\x07\x9b\u202e\r")

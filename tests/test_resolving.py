@@ -446,6 +446,29 @@ def test_a_recipe_is_found_from_below_and_beside_the_checkpoint(tmp_path: Path, 
     assert resolve(read(path)).objective.parameters.n == 51
 
 
+def test_a_recipe_beside_the_checkpoint_counts_in_a_repository_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "src").mkdir()
+    monkeypatch.chdir(tmp_path / "src")
+    Path("train.py").write_text(TRAIN)
+    path = a_named_recipe(tmp_path / "src" / "ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").unlink()
+    with pytest.raises(RefusedCheckpoint, match="has no file train.py"):
+        resolve(read(path))
+    (tmp_path / ".git").mkdir()
+    assert resolve(read(path)).objective.parameters.n == 51
+
+
+def test_a_home_directory_is_no_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = a_named_recipe(tmp_path / "ckpt.pt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(
+        RefusedCheckpoint, match="is no project: downloads lie below it, too. Change to the directory of"
+    ):
+        resolve(read(path))
+    assert "train" not in sys.modules
+
+
 MARKED = "import curvkit\nopen('imported', 'w').close()\n@curvkit.objective\ndef objective(): pass\n"
 
 

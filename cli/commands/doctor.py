@@ -25,9 +25,10 @@ LABEL = 22
 @PLAIN
 @COLOR
 def doctor(format: str, color: str) -> int:
-    """Check the installation: versions, device, optional packages, one product.
+    """Check the installation, and say what mends it.
 
-    What is broken comes with the command that mends it, and with exit code 1. Nothing is changed and nothing is sent anywhere.
+    Versions, threads, device, optional packages, and one product against a closed form. What is broken comes with the command that
+    mends it, and with exit code 1. Nothing is changed and nothing is sent anywhere.
     """
     shape = render.chosen_format(format)
     found: list[Finding] = []

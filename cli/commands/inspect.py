@@ -20,10 +20,10 @@ from ..target import EMA, KEY
 @PLAIN
 @COLOR
 def inspect(path: Path, key: str | None, ema: bool, format: str, color: str) -> int:
-    """What lies at PATH: kind, weights, optimizer, what it refers to.
+    """What lies at PATH, from its headers alone.
 
-    Only headers are read, so that it answers at once whatever the size. Nothing in the file is run and nothing that it names is imported,
-    also of kinds that are refused when they are measured; then it says why, and what to do instead.
+    Kind, parts with tensors, optimizer, what it refers to; answered at once, whatever the size. Nothing in the file is run and nothing
+    that it names is imported, also of kinds that are refused when they are measured; then it says why, and what to do instead.
     """
     from curvkit.checkpoints.inspection import inspect as look
 

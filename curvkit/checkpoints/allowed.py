@@ -41,6 +41,10 @@ ALLOWED = frozenset(
         "pathlib.PurePosixPath",
         "pathlib.WindowsPath",
         "pathlib.PureWindowsPath",
+        *(
+            f"pathlib._local.{name}"
+            for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+        ),
         "collections.OrderedDict",
         "collections.defaultdict",
         "collections.Counter",
@@ -48,6 +52,8 @@ ALLOWED = frozenset(
         "datetime.datetime",
         "datetime.timedelta",
         "datetime.date",
+        "datetime.time",
+        "datetime.timezone",
         "builtins.list",
         "builtins.dict",
         "builtins.set",
@@ -57,12 +63,15 @@ ALLOWED = frozenset(
         "builtins.str",
         "builtins.bool",
         "builtins.complex",
+        "builtins.bytes",
         "builtins.bytearray",
         "_codecs.encode",
         "numpy.dtype",
         "numpy.ndarray",
         *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+        *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
         *(f"numpy.dtypes.{name}DType" for name in NUMPY_TYPES),
+        "torch.torch_version.TorchVersion",
         "torch.Size",
         "torch.device",
         "torch.Tensor",
@@ -142,3 +151,19 @@ def explained(names: tuple[str, ...]) -> str | None:
         True
     """
     return next((text for start, text in EXPLAINED if any(name.startswith(start) for name in names)), None)
+
+
+def harmless(name: str) -> str:
+    r"""A name from a stranger's file, for people: short, and without control characters.
+
+    Args:
+        name: As written.
+
+    Returns:
+        Text for a message.
+
+    Example:
+        >>> harmless("train\x1b[2J.Config")
+        'train?[2J.Config'
+    """
+    return "".join(c if c.isprintable() else "?" for c in name[:200])

@@ -162,21 +162,25 @@ def _search(
     content: Mapping[Any, Any], tensor: type[Any], usual: tuple[str, ...]
 ) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     level: list[tuple[str, Mapping[Any, Any]]] = [("", content)]
-    seen = {id(content)}
+    opened = {id(content)}
+    known: dict[int, tuple[bool, bool]] = {}  # a dict may be there under many names
     for depth in range(DEEPEST):
         deeper: list[tuple[str, Mapping[Any, Any]]] = []
         for path, parent in level:
             for name, value in parent.items():
-                if not isinstance(value, Mapping) or not isinstance(name, str) or id(value) in seen or len(seen) > MOST:
+                if not isinstance(value, Mapping) or not isinstance(name, str) or "param_groups" in value:
                     continue
-                seen.add(id(value))
-                if NOT_MODELS.search(name) or name == "curvkit" or "param_groups" in value:
+                if NOT_MODELS.search(name) or name == "curvkit":
                     continue
-                dotted = f"{path}{name}"
-                if not is_state_dict(value, tensor):
-                    deeper.append((f"{dotted}.", value))
-                elif (depth == 0 and name in usual) or _has_weights(value, tensor):
-                    yield dotted, value
+                if id(value) not in known:
+                    known[id(value)] = is_state_dict(value, tensor), _has_weights(value, tensor)
+                has_tensors, has_weights = known[id(value)]
+                if not has_tensors:
+                    if id(value) not in opened and len(opened) < MOST:
+                        opened.add(id(value))
+                        deeper.append((f"{path}{name}.", value))
+                elif (depth == 0 and name in usual) or has_weights:
+                    yield f"{path}{name}", value
         level = deeper
 
 
@@ -197,7 +201,7 @@ def _default(
         if name in raw:
             return name
     inner = [name for name in raw if name.rpartition(".")[2] in usual]
-    if len(inner) == 1:
+    if len(inner) == 1 and all(name.startswith(inner[0].rpartition(".")[0]) for name in raw):
         return inner[0]
     if len(raw) == 1:
         return next(iter(raw))

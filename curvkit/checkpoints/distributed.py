@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -11,9 +11,11 @@ from curvkit.checkpoints.confined import confined, unreadable
 from curvkit.checkpoints.description import Description
 from curvkit.checkpoints.distributed_metadata import Metadata, metadata
 from curvkit.checkpoints.documents import brief
+from curvkit.checkpoints.layouts import STEP_KEYS
 from curvkit.checkpoints.nesting import nested
 from curvkit.checkpoints.pieces import Piece, Place, Split
 from curvkit.checkpoints.safetensors_file import Stored
+from curvkit.checkpoints.torch_item import item, number
 from curvkit.errors import RefusedCheckpoint
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ METADATA = ".metadata"
 OF_ONE_PROCESS = re.compile(r"__(\d{1,9})\.metadata")
 OF_ACCELERATE = re.compile(r"(pytorch_model_fsdp|optimizer)_(\d{1,3})")
 LARGEST_METADATA = 1 << 30
+SMALL = 1 << 16
+"""Bytes of an item that a description reads."""
 KIND = "distributed checkpoint"
 CHECKSUM = "CRC-32 of every record; none for the names in .metadata"
 
@@ -85,17 +89,20 @@ def describe(path: Path) -> Description:
     """
     groups: dict[str, dict[str, Stored]] = {}
     files: set[Path] = set()
-    processes = 0
+    processes, step = 0, None
     for directory in _found(path):
         index = metadata(_contents(directory))
+        with _Files(directory) as opened:
+            step = next((found for key in STEP_KEYS if (found := _number(index, opened, key)) is not None), step)
+        alone = "model" if all(len(keys) == 1 for keys in index.paths.values()) else "others"
         for name, split in index.tensors.items():
             first, *rest = map(str, index.paths[name])
-            group, inner = (first, ".".join(rest)) if rest else ("model", first)
+            group, inner = (first, ".".join(rest)) if rest else (alone, first)
             groups.setdefault(group, {})[inner] = Stored(split.dtype, split.shape)
             processes = max(processes, len(split.pieces))
             files |= {confined(directory, p.place.file, source=str(directory)) for p in split.pieces if p.place}
     notes = (f"tensors in up to {processes} pieces",) if processes > 1 else ()
-    return Description(path, KIND, sum(file.stat().st_size for file in files), CHECKSUM, groups, notes=notes)
+    return Description(path, KIND, sum(file.stat().st_size for file in files), CHECKSUM, groups, step=step, notes=notes)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -173,7 +180,7 @@ class _Files:
         for file, _ in self.open.values():
             file.close()
 
-    def content(self, place: Place) -> Any:
+    def content(self, place: Place, read: Callable[[Path, bytes], Any] = item) -> Any:
         path = self.directory / place.file
         try:
             if place.file not in self.open:
@@ -195,9 +202,13 @@ class _Files:
             raw = file.read(place.length)
         except OSError as error:
             raise RefusedCheckpoint(unreadable(path, error)) from error
-        from curvkit.checkpoints.torch_item import item  # imports torch, which `describe` and `holds` do without
+        return read(path, raw)
 
-        return item(path, raw)
+
+def _number(index: Metadata, files: _Files, key: str) -> int | None:
+    """A whole number at the top of the checkpoint."""
+    place = index.values.get(key)
+    return files.content(place, number) if place is not None and place.length <= SMALL else None
 
 
 def _items(index: Metadata, files: _Files) -> Iterator[tuple[str, Any]]:

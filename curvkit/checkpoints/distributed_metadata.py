@@ -9,7 +9,8 @@ from typing import Any, NoReturn, TypeGuard
 
 from curvkit.checkpoints.allowed import WIDTHS
 from curvkit.checkpoints.documents import brief
-from curvkit.checkpoints.pickles import Global, Made, Maker, NotPlain, Pickle
+from curvkit.checkpoints.pickle_machine import Machine, Maker
+from curvkit.checkpoints.pickles import Global, Made, NotPlain, Pickle
 from curvkit.checkpoints.pieces import Budget, Piece, Place, Split, check_cover, damaged
 from curvkit.errors import RefusedCheckpoint
 
@@ -219,12 +220,12 @@ class _File:
         raise RefusedCheckpoint(damaged(self.source, why))
 
 
-def _size_of(_: Pickle, arguments: Any) -> Any:
+def _size_of(_: Machine, arguments: Any) -> Any:
     (sizes,) = arguments
     return tuple(sizes) if isinstance(sizes, list) else sizes
 
 
-def _empty(_: Pickle, arguments: Any) -> Any:
+def _empty(_: Machine, arguments: Any) -> Any:
     if arguments:
         raise NotPlain("a dict in it is made of something")
     return {}

@@ -13,6 +13,7 @@ from curvkit.checkpoints.confined import confined, shown, unreadable
 from curvkit.checkpoints.description import Description
 from curvkit.checkpoints.documents import brief, document
 from curvkit.checkpoints.hub_cache import snapshot
+from curvkit.checkpoints.names import clean
 from curvkit.checkpoints.safetensors_file import NO_CHECKSUM
 from curvkit.checkpoints.shards import Load, Shards
 from curvkit.checkpoints.trust import NOTHING, Trust
@@ -28,7 +29,8 @@ MODEL, CHECKPOINT, PLAIN = "Hugging Face directory", "Hugging Face checkpoint", 
 def read_directory(path: Path, *, load: Load, trust: Trust = NOTHING) -> Checkpoint:
     """Read the model that a directory holds: of a run, its last checkpoint by number.
 
-    Tensors have the names and dtypes of the file. Weights that the model ties to others are not in the file; config.json says so.
+    Tensors have the dtypes of the file, and its names without what wrappers put into them. Weights that the model ties to others are
+    not in the file; config.json says so.
 
     Args:
         path: A directory with config.json and weights, with `checkpoint-N` in it, or `models--x--y` of the download cache.
@@ -55,13 +57,15 @@ def read_directory(path: Path, *, load: Load, trust: Trust = NOTHING) -> Checkpo
         tensors, said = shards.read(_weights(directory), load)
         state = training_state.optimizer_file(directory)
         optimizer = None if state is None else training_state.optimizer_state(state, load(state))
+    mapping, removed = clean(tensors)
     return Checkpoint(
         directory,
         _kind(directory, config),
-        tensors,
+        {mapping[name]: tensor for name, tensor in tensors.items()},
         optimizer,
         training_state.step(directory),
         None,
+        removed=removed,
         config=config,
         notes=(*notes, *said, *_config_notes(config)),
     )

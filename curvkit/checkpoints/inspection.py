@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from curvkit.checkpoints import adapters, distributed, hugging_face, safetensors_file
-from curvkit.checkpoints.allowed import WIDTHS, explained, refused
+from curvkit.checkpoints.allowed import WIDTHS, explained, harmless, refused
 from curvkit.checkpoints.description import Description
 from curvkit.checkpoints.detection import Detected, detect
 from curvkit.checkpoints.layouts import Layout, interpret
@@ -133,11 +133,10 @@ def _torch_file(found: Detected, skeleton: Skeleton, key: str | None, ema: bool)
         checksum or f"none: {skeleton.notes[0]}",
         groups_of(skeleton.content),
         names,
-        notes=() if checksum else skeleton.notes,
     )
     if names:
         known = explained(names)
-        shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+        shown = ", ".join(map(harmless, names[:5])) + (" ..." if len(names) > 5 else "")
         what = (
             f"it holds {known}." if known else f"it refers to {shown}, which loading would import and could run. {SAVE}"
         )
@@ -217,7 +216,9 @@ def _described(found: Description) -> Inspection:
         found.checksum,
         _joined(groups),
         bad,
-        f"it refers to {', '.join(bad[:5])}, which loading would import and could run. {SAVE}" if bad else None,
+        f"it refers to {', '.join(map(harmless, bad[:5]))}, which loading would import and could run. {SAVE}"
+        if bad
+        else None,
         optimizer,
         found.step,
         removed,

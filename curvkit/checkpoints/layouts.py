@@ -108,7 +108,8 @@ def interpret(
     own = content.get("curvkit")
     own = own if isinstance(own, Mapping) else {}
     default = key is None or key == found.default
-    optimizer = _optimizer(parent, content, notes) if default or parent is not content else None
+    places = (parent, content) if default else (parent,) if parent is not content else ()
+    optimizer = _optimizer(places, notes)
     if optimizer is None and not default and any(name in content for name in OPTIMIZER_KEYS):
         notes.append(f"the optimizer's state in the file was not taken: nothing says that it belongs to {key!r}")
     if (ema or found.is_averaged(chosen)) and optimizer is not None:
@@ -175,8 +176,8 @@ def _parent(content: Mapping[Any, Any], chosen: str) -> Mapping[Any, Any]:
     return parent if isinstance(parent, Mapping) else content
 
 
-def _optimizer(parent: Mapping[Any, Any], content: Mapping[Any, Any], notes: list[str]) -> Mapping[str, Any] | None:
-    for place in (parent, content):
+def _optimizer(places: tuple[Mapping[Any, Any], ...], notes: list[str]) -> Mapping[str, Any] | None:
+    for place in places:
         for name in OPTIMIZER_KEYS:
             value = place.get(name)
             if isinstance(value, list | tuple) and len(value) > 1:

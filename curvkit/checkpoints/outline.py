@@ -166,6 +166,7 @@ MAKERS: dict[str, Maker] = {
     "builtins.set": _list,
     "builtins.frozenset": _list,
     "builtins.complex": _complex,
+    "builtins.bytes": _bytes,
     "builtins.bytearray": _bytes,
     "_codecs.encode": _encoded,
     "torch.Size": _size,

@@ -100,7 +100,7 @@ def storage_of(identity: Any) -> Any:
         return Storage(key, "untyped", numel)
     if kind.name not in STORAGES:
         raise NotPlain(
-            f"its storages are of the class {kind.full}, for quantised or other numbers that have no curvature"
+            f"its storages are of the class {kind.full[:80]!r}, for quantised or other numbers that have no curvature"
         )
     return Storage(key, STORAGES[kind.name][0], numel)
 
@@ -127,7 +127,7 @@ def tensor_of(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any = N
     if dtype is not None:
         name = dtype.name if isinstance(dtype, Global) and dtype.module == "torch" else ""
     if name not in WIDTHS:
-        raise NotPlain(f"a tensor in it is of the type {name[:40] or 'unknown'}, which is not read")
+        raise NotPlain(f"a tensor in it is of the type {name[:40]!r}, which is not read")
     sized = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= 64
     if not sized or not all(_size(n) for n in (*shape, *stride, offset)) or math.prod(shape) > LARGEST:
         raise NotPlain("a tensor in it has a shape, stride or offset that is no size")

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from curvkit.checkpoints.allowed import explained, refused
+from curvkit.checkpoints.allowed import explained, harmless, refused
 from curvkit.checkpoints.detection import detect
 from curvkit.checkpoints.live import Materialiser
 from curvkit.checkpoints.skeleton import Skeleton, opened
@@ -89,7 +89,7 @@ def _refusal(path: Path, skeleton: Skeleton, names: tuple[str, ...]) -> str:
     known = explained(names)
     if known is not None:
         return f"{path}: refused, it holds {known}."
-    shown = ", ".join(_printable(name) for name in names[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
+    shown = ", ".join(harmless(name) for name in names[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
     tensors = any("_rebuild_" in name for name in skeleton.globals)
     modules = [name for name in names if ".nn.modules." in name]
     kind = "a whole pickled model" if modules else "more than tensors and plain data"
@@ -105,7 +105,3 @@ def _refusal(path: Path, skeleton: Skeleton, names: tuple[str, ...]) -> str:
     elif modules:
         text += " If you trust whoever made it, add --trust."
     return text
-
-
-def _printable(name: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in name[:200])

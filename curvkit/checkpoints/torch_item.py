@@ -9,8 +9,7 @@ from typing import Any
 from curvkit.checkpoints.allowed import refused
 from curvkit.checkpoints.archive import Archive
 from curvkit.checkpoints.documents import brief
-from curvkit.checkpoints.live import Materialiser
-from curvkit.checkpoints.outline import outline
+from curvkit.checkpoints.outline import Outline, outline
 from curvkit.checkpoints.pickles import NotPlain
 from curvkit.errors import RefusedCheckpoint
 
@@ -37,6 +36,42 @@ def item(path: Path, content: bytes) -> Any:
         >>> item(Path("__0_0.distcp"), file.getvalue())
         {'lr': 0.5}
     """
+    from curvkit.checkpoints.live import Materialiser  # imports torch, which `number` does without
+
+    archive, found = _outline(path, content)
+    live = Materialiser(str(path), archive.sizes, archive).live(found.content)
+    archive.verify()
+    return live
+
+
+def number(path: Path, content: bytes) -> int | None:
+    """Read an item that is one whole number.
+
+    Args:
+        path: Of the file, for messages.
+        content: The part of it.
+
+    Returns:
+        The number; None if it is something else.
+
+    Raises:
+        RefusedCheckpoint: As `item`.
+
+    Cost: one pass over the part; torch is not imported.
+
+    Example:
+        >>> import torch
+        >>> file = io.BytesIO()
+        >>> torch.save(7, file)
+        >>> number(Path("__0_0.distcp"), file.getvalue())
+        7
+    """
+    archive, found = _outline(path, content)
+    archive.verify()
+    return found.content if type(found.content) is int else None
+
+
+def _outline(path: Path, content: bytes) -> tuple[Archive, Outline]:
     archive = Archive(path, io.BytesIO(content))
     try:
         found = outline(archive.outline())
@@ -55,6 +90,4 @@ def item(path: Path, content: bytes) -> Any:
             raise RefusedCheckpoint(
                 f"{path}: a tensor in it claims {storage.bytes:,} bytes that are not there. Take another copy or an earlier checkpoint."
             )
-    live = Materialiser(str(path), archive.sizes, archive).live(found.content)
-    archive.verify()
-    return live
+    return archive, found

@@ -80,6 +80,7 @@ def trusted_content(path: Path, kind: str, trust: Trust, names: tuple[str, ...])
             if kind == "exported program":
                 return dict(torch.export.load(str(path)).state_dict)
             if all(name in trust.classes for name in names):
+                _check_classes(trust.classes)
                 with _allowed(trust.classes):
                     content = torch.load(path, map_location="cpu", weights_only=True)
             else:
@@ -109,16 +110,33 @@ def _imported(name: str) -> Any:
     """The object of that name; None for one of the allowed names that this installation does not have."""
     module, _, attribute = name.rpartition(".")
     try:
-        if not module:
-            raise ValueError("it has no module")
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError) as error:
         if name in ALLOWED:
             return None
         raise InvalidArgument(
             f"--allow {name}: cannot be imported from {Path.cwd().name or '/'} ({error}). "
             "Write package.module.Class, and run where Python finds the module."
         ) from error
+
+
+def _check_classes(classes: tuple[str, ...]) -> None:
+    """Admit classes alone: a function would be called with whatever the file says."""
+    for name in classes:
+        if name.startswith("__main__."):
+            raise InvalidArgument(
+                f"--allow {name}: __main__ was the script that wrote the file, and its classes cannot be found by that name. "
+                "Save the weights there: torch.save(model.state_dict(), path)."
+            )
+        if not can_be_allowed(name):
+            raise InvalidArgument(
+                f"--allow {name}: not the full name of a class of yours. Write package.module.Class; modules that can run commands "
+                f"({', '.join(NEVER[:5])}, ...) are not let in by name."
+            )
+        if not isinstance(_imported(name), type):
+            raise InvalidArgument(
+                f"--allow {name}: it is no class, and a file that may call it could run anything. Only classes are let in by name."
+            )
 
 
 @contextlib.contextmanager

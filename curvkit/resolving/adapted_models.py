@@ -83,7 +83,7 @@ def _peft() -> Any:
         import peft  # an optional package
     except Exception as error:
         refuse_broken_torchvision(error)
-        if isinstance(error, ImportError) and error.name == "peft":
+        if isinstance(error, ModuleNotFoundError) and error.name == "peft":
             raise MissingExtra(
                 "Adapters are built by peft, which is not installed. Type: pip install 'curvkit[hf]'"
             ) from error

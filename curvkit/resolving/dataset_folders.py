@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from curvkit.errors import InvalidArgument, MissingExtra, UnknownObjective
+from curvkit.resolving.transformers_library import reason_of
 
 MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 """Files of which such a directory has one."""
@@ -73,17 +74,18 @@ def open_rows(path: Path, split: str | None) -> Rows:
     """
     try:
         import datasets  # an optional package
-    except ImportError as error:
+    except Exception as error:  # also what a broken package below it raises
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "datasets"
+        state = "not installed" if absent else f"installed but cannot be imported ({reason_of(error)})"
         raise MissingExtra(
-            f"--data {path}: a directory of datasets is read by the package datasets, which is not installed. "
-            "Type: pip install 'curvkit[hf]'"
+            f"--data {path}: a directory of datasets is read by the package datasets, which is {state}. "
+            "Type: pip install --upgrade 'curvkit[hf]'"
         ) from error
     try:
         opened: Any = datasets.load_from_disk(str(path.resolve()))
     except Exception as error:  # whatever pyarrow and datasets raise for damaged files
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UnknownObjective(
-            f"--data {path}: datasets cannot open it ({reason[:200]}). Write it again with dataset.save_to_disk({path.name!r})."
+            f"--data {path}: datasets cannot open it ({reason_of(error)}). Write it again with dataset.save_to_disk({path.name!r})."
         ) from error
     chosen = None
     if isinstance(opened, datasets.DatasetDict):

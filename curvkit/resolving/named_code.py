@@ -21,9 +21,10 @@ MOST_BYTES = 1 << 24
 def admitted_file(recipe: NamedRecipe, checkpoint: Checkpoint, trust: Trust, here: Path) -> tuple[Path, str]:
     """Find the file that a named recipe means, and refuse it unless it is plainly the user's own and unchanged.
 
-    It is looked for from the current directory upwards, then from the checkpoint upwards, never outside of the current project (the
-    repository around the current directory, or that directory). It must have the hash that the recipe has, and a top-level function of
-    the name with `@curvkit.objective` above it; both are checked on the bytes of the file before anything is imported.
+    It is looked for from the current directory upwards, in a repository also from the checkpoint upwards, never outside of the current
+    project (the repository around the current directory, or that directory; a home directory is none). It must have the hash that the
+    recipe has, and a top-level function of the name with `@curvkit.objective` above it; both are checked on the bytes of the file before
+    anything is imported. What is unpacked inside of a project counts as its own.
 
     Args:
         recipe: Of the checkpoint.
@@ -52,6 +53,11 @@ def admitted_file(recipe: NamedRecipe, checkpoint: Checkpoint, trust: Trust, her
             f"{checkpoint.path}: its recipe names {recipe.objective!r}, which is no FILE.py:FUNCTION inside a project. {_nothing(name)}"
         )
     root = project_root(here)
+    if root in (_home(), Path(root.anchor)) and not trust.everything:
+        raise RefusedCheckpoint(
+            f"{checkpoint.path}: its recipe names {recipe.objective}, and the current directory, {root}, is no project: downloads lie "
+            f"below it, too. Change to the directory of the project. {_nothing(name)}"
+        )
     file = next((found for found in _candidates(relative, checkpoint, trust, here, root) if found.is_file()), None)
     if file is None:
         raise RefusedCheckpoint(
@@ -66,7 +72,10 @@ def admitted_file(recipe: NamedRecipe, checkpoint: Checkpoint, trust: Trust, her
 def _candidates(
     relative: PurePosixPath, checkpoint: Checkpoint, trust: Trust, here: Path, root: Path
 ) -> Iterator[Path]:
-    for start in (here.resolve(), checkpoint.path.resolve().parent):
+    starts = [here.resolve()]
+    if trust.everything or (root / ".git").exists():
+        starts.append(checkpoint.path.resolve().parent)
+    for start in starts:
         for directory in (start, *start.parents):
             if directory.is_relative_to(root) or (trust.everything and directory == start):
                 yield directory / relative
@@ -94,6 +103,13 @@ def _check(file: Path, name: str, recipe: NamedRecipe, checkpoint: Checkpoint, r
             f"{said} has no function {name} at its top level with @curvkit.objective above it. Write the mark there, save the checkpoint "
             f"again, or name the function yourself: --objective {_shown(file)}:{name}. Nothing was imported."
         )
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home().resolve()
+    except RuntimeError:  # there is none
+        return None
 
 
 def _nothing(name: str) -> str:

@@ -46,7 +46,7 @@ def library() -> Any:
         modeling_utils.PreTrainedModel  # noqa: B018
     except Exception as error:
         refuse_broken_torchvision(error)
-        if isinstance(error, ImportError) and error.name == "transformers":
+        if isinstance(error, ModuleNotFoundError) and error.name == "transformers":
             raise MissingExtra(
                 "Models of Hugging Face are built by transformers, which is not installed. Type: pip install 'curvkit[hf]'"
             ) from error
