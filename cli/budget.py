@@ -20,6 +20,7 @@ class Budget:
     memory: int | None
     residency: str
     rule: str
+    arithmetic: str
     rounding: str
     preflight: bool
     cross_check: str | None
@@ -95,6 +96,13 @@ def budget(command: Command) -> Command:
         MEMORY,
         RESIDENCY,
         RULE,
+        option(
+            "--arithmetic",
+            type=click.Choice(["exact", "bfloat16"]),
+            default="exact",
+            show_default=True,
+            help="bfloat16 searches in mixed precision, and recomputes values and residuals in float32; it needs --tolerance 0.02.",
+        ),
         option(
             "--rounding",
             type=click.Choice(["auto", "float64", "perturbation"]),

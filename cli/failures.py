@@ -35,6 +35,8 @@ FLAGS = {
     "residency": "--residency",
     "seed": "--seed",
     "rounding": "--rounding",
+    "arithmetic": "--arithmetic",
+    "rule": "--rule",
     "method": "--method",
     "rank": "--rank",
     "absolute_tolerance": "--absolute-tolerance",

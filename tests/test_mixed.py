@@ -1,13 +1,16 @@
 """Products in mixed precision: how far off they are is bounded, and what is claimed of them is recomputed in full precision."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from curvkit_cli.main import run
 from oracles import classes, cut, dense, normal, seeded, surroundings
 from torch import nn
 
+from curvkit import Recipe, save
 from curvkit.errors import InvalidArgument, UnsupportedModel
 from curvkit.linalg.basis import norm
 from curvkit.losses import token_cross_entropy
@@ -115,3 +118,25 @@ def test_everything_is_left_as_it_was():
     sharpness(objective, tolerance=0.05, seed=0, settings=BFLOAT)
     assert surroundings(objective.model) == before
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_the_command_says_what_was_multiplied_in_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    it = mlp()
+    batch = {"x": it.batches[0][0], "y": it.batches[0][1]}
+    save(
+        "ckpt.pt",
+        model=it.model,
+        recipe=Recipe("mlp", {"sizes": [6, 24, 3], "activation": "tanh"}, "cross_entropy", batch),
+    )
+    asked = ["sharpness", "ckpt.pt", "--arithmetic", "bfloat16", "--seed", "0", "--no-data-doubt"]
+    assert run([*asked, "--tolerance", "0.05", "--plain"]) == 0
+    out = capsys.readouterr().out
+    assert "recomputed by products in float32; those of the search, in bfloat16, err by about 0.02 of ||H||" in out
+    assert run(asked) == 2
+    said = "Error: --tolerance 0.001 is below 0.016, the rounding of products in bfloat16."
+    assert said in capsys.readouterr().err
+    assert run([*asked, "--rule", "difference"]) == 2
+    assert "Error: --arithmetic bfloat16 does not go with --rule difference" in capsys.readouterr().err

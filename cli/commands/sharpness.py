@@ -140,6 +140,7 @@ def _settings(num: int, which: Any, block_size: int, data_doubt: bool, budget: B
     residency: Any = budget.residency
     rule: Any = budget.rule
     rounding: Any = budget.rounding
+    arithmetic: Any = budget.arithmetic
     return SharpnessSettings(
         search,
         residency=residency,
@@ -147,6 +148,7 @@ def _settings(num: int, which: Any, block_size: int, data_doubt: bool, budget: B
         data_doubt=data_doubt,
         rule=rule,
         rounding=rounding,
+        arithmetic=arithmetic,
         preflight=budget.preflight,
     )
 
