@@ -291,3 +291,16 @@ def test_a_recipe_needs_no_code_of_the_users(tmp_path: Path, monkeypatch: pytest
     state = torch.get_rng_state()
     resolve(read(path))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_expanded_calibration_batch_is_saved_in_full(tmp_path: Path):
+    """One stored number with stride 0 would be refused when the file is read, as a claim of more than is there."""
+    model, y = build("mlp", {"sizes": [2, 3]}), torch.tensor([0, 1, 2, 0])
+    save(
+        tmp_path / "a.pt",
+        model=model,
+        recipe=Recipe("mlp", {"sizes": [2, 3]}, "cross_entropy", {"x": torch.ones(1, 2).expand(4, 2), "y": y}),
+    )
+    recipe = read(tmp_path / "a.pt").recipe
+    assert recipe is not None
+    assert torch.equal(recipe["batch"]["x"], torch.ones(4, 2))

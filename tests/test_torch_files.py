@@ -8,6 +8,7 @@ import io
 import os
 import re
 import struct
+import subprocess
 import sys
 import types
 import warnings
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import normal
-from samples import Payload, flipped, legacy, net, rewritten
+from samples import Payload, environment, flipped, legacy, net, rewritten
 from torch import Tensor, nn
 from torch_samples import START, archive, exported, old, state_dict, storage, tensor, text, torchscript
 
@@ -217,7 +218,7 @@ FOUR = bytes(16)
         (tensor("0", 4, stored=storage("0", -4)), "one of its storages has no name or no size"),
         (
             tensor("0", 4, stored=storage("0", 4, "Event")),
-            "storages are of the class 'torch.Event', for quantised or other",
+            "storages are of the class 'torch.Event', which is none of torch's",
         ),
         (tensor("0", 4, stored=storage("0", 4).replace(b"ctorch\n", b"cnumpy\n")), "storages is of no class of torch"),
         (
@@ -409,10 +410,6 @@ def test_a_file_that_is_deleted_while_it_is_read_is_read(path: Path, monkeypatch
 # ---- kinds that are refused by name ---------------------------------------------------------------------------------
 
 
-def quantised() -> dict[str, Tensor]:
-    return {"w": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -438,12 +435,15 @@ def test_tensors_that_have_no_curvature(path: Path, content: Any, said: str):
     assert said in refusal(path)
 
 
-def test_quantised_tensors(path: Path):
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8, torch.qint32])
+@pytest.mark.parametrize("old", [False, True])
+def test_quantised_tensors(path: Path, dtype: torch.dtype, old: bool):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that they will move to torchao
-        torch.save(quantised(), path)
-    assert re.search(
-        "quantised weights, which have no curvature|for quantised or other numbers that have no", refusal(path)
+        content = {"w": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, dtype)}
+        torch.save(content, path, _use_new_zipfile_serialization=not old)
+    assert "refused, it holds quantised weights, which have no curvature of their own: pass the checkpoint" in refusal(
+        path
     )
 
 
@@ -608,3 +608,37 @@ def test_items_in_memory_can_be_read_as_well(path: Path):
     buffer = io.BytesIO()
     torch.save({"w": torch.ones(3)}, buffer)
     assert Archive(path, buffer).sizes == {"0": 12}
+
+
+def test_a_record_that_is_larger_than_its_kind_can_be(path: Path):
+    torch.save({"w": torch.ones(2)}, path)
+    rewritten(path, lambda name, content: content * 10 if name.endswith("byteorder") else content)
+    assert "the record 'ckpt/byteorder' has 60 bytes, where at most 16 belong. Write the checkpoint again" in refusal(
+        path
+    )
+
+
+def test_shapes_of_nothing(path: Path):
+    claim = tensor("0", 4, 0, (1 << 61, 1 << 61, 0), (1, 1, 1))
+    assert "a tensor of shape (2305843009213693952, 2305843009213693952, 0) cannot be made (numel: integer" in refusal(
+        archive(path, state_dict(w=claim), _0=FOUR)
+    )
+
+
+SMALL = """
+import resource, sys
+from pathlib import Path
+from curvkit.checkpoints import read
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+read(Path(sys.argv[1]))
+"""
+
+
+def test_more_numbers_than_memory(path: Path):
+    with torch.serialization.skip_data():
+        torch.save({"w": torch.empty(2_000_000_000)}, path)
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL, str(path)], env=environment(), capture_output=True, text=True, check=False
+    )
+    path.unlink()
+    assert "not enough memory for a tensor of 8,000,000,000 bytes. Use a machine with more memory." in done.stderr

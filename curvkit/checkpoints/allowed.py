@@ -17,6 +17,14 @@ STORAGES = {
     "ComplexDoubleStorage": ("complex128", 16),
 }
 """Class of a storage in torch -> dtype, and bytes of one number."""
+QUANTISED = {
+    "QInt8Storage": ("qint8", 1),
+    "QUInt8Storage": ("quint8", 1),
+    "QInt32Storage": ("qint32", 4),
+    "QUInt4x2Storage": ("quint4x2", 1),
+    "QUInt2x4Storage": ("quint2x4", 1),
+}
+"""The same for numbers that are refused; they are known so that the refusal can say what they are."""
 WIDTHS = {
     **dict(STORAGES.values()),
     "uint16": 2,

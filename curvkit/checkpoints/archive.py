@@ -13,7 +13,16 @@ from typing import IO
 from curvkit.checkpoints.stored import StoredTensor, number_in
 from curvkit.errors import RefusedCheckpoint
 
-UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError, struct.error, RuntimeError)
+UNREADABLE = (
+    zipfile.BadZipFile,
+    OSError,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+    OverflowError,
+    struct.error,
+    RuntimeError,
+)
 """What zipfile raises on a damaged archive."""
 CHUNK = 1 << 20
 LARGEST_OUTLINE = 1 << 30

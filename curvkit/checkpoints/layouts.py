@@ -149,7 +149,8 @@ def _raw(path: Path, found: Candidates, content: Mapping[Any, Any]) -> tuple[str
             f"Say which one is meant, for example --key {next(iter(found.raw))}"
         )
     raise RefusedCheckpoint(
-        f"{path}: no state dict found. {_keys(content)} The weights are looked for under {', '.join(WEIGHT_KEYS)}."
+        f"{path}: no state dict found. {_keys(content)} The weights are looked for under {', '.join(WEIGHT_KEYS)}. "
+        "Save them as torch tensors by name: torch.save({'model': model.state_dict()}, path)."
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import IO, Any
 
-from curvkit.checkpoints.allowed import WIDTHS
 from curvkit.checkpoints.outline import Outline, outline
 from curvkit.checkpoints.pickle_values import NotPlain
 from curvkit.checkpoints.stored import StoredTensor, number_in
@@ -116,7 +115,7 @@ class LegacyFile:
         for key in keys:
             self.file.seek(position)
             head = self.file.read(8)
-            width = WIDTHS.get(claimed[key].dtype, 1)
+            width = claimed[key].width
             numel = int.from_bytes(head, "big" if self.swapped else "little")
             if key in starts or len(head) < 8 or numel * width != claimed[key].bytes:
                 raise RefusedCheckpoint(

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from curvkit.checkpoints.allowed import STORAGES, WIDTHS
+from curvkit.checkpoints.allowed import QUANTISED, STORAGES, WIDTHS
 from curvkit.checkpoints.pickle_values import Global, NotPlain
 
 LARGEST = 1 << 62
@@ -33,7 +33,12 @@ class Storage:
     @property
     def bytes(self) -> int:
         """As claimed."""
-        return self.numel * WIDTHS.get(self.dtype, 1)
+        return self.numel * self.width
+
+    @property
+    def width(self) -> int:
+        """Bytes of one number."""
+        return {**WIDTHS, **dict(QUANTISED.values())}.get(self.dtype, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +103,10 @@ def storage_of(identity: Any) -> Any:
         raise NotPlain("one of its storages has no name or no size")
     if kind.name in ("UntypedStorage", "TypedStorage"):
         return Storage(key, "untyped", numel)
-    if kind.name not in STORAGES:
-        raise NotPlain(
-            f"its storages are of the class {kind.full[:80]!r}, for quantised or other numbers that have no curvature"
-        )
-    return Storage(key, STORAGES[kind.name][0], numel)
+    known = STORAGES.get(kind.name) or QUANTISED.get(kind.name)
+    if known is None:
+        raise NotPlain(f"its storages are of the class {kind.full[:80]!r}, which is none of torch's")
+    return Storage(key, known[0], numel)
 
 
 def tensor_of(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any = None) -> StoredTensor:

@@ -114,11 +114,8 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 def _plain(value: Any, where: str) -> Any:
     """A copy of tensors and plain values; anything else would not be readable with weights_only."""
     if isinstance(value, Tensor):
-        return (
-            value.detach().clone()
-            if value.numel() * value.element_size() < value.untyped_storage().nbytes()
-            else value.detach()
-        )
+        value = value.detach().contiguous()  # an expanded tensor would be stored as one number that claims to be many
+        return value.clone() if value.numel() * value.element_size() < value.untyped_storage().nbytes() else value
     for kind in (bool, int, float, str):  # a subclass (TorchVersion, numpy.float64) could not be read with weights_only
         if isinstance(value, kind):
             return kind(value)

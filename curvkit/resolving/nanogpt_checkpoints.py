@@ -60,7 +60,7 @@ def build_nanogpt(checkpoint: Checkpoint) -> LanguageModel:
     except InvalidArgument as error:
         raise UnknownObjective(f"{path}: its model_args make no model. {error}") from error
     weights, notes = _without_masks(checkpoint.weights, model.block_size)
-    fit(model, weights, str(path))
+    notes += fit(model, weights, str(path))
     model.restore_derived()
     vocabulary = model.lm_head.out_features
     return LanguageModel(

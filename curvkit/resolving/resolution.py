@@ -94,7 +94,8 @@ def resolve(checkpoint: Checkpoint, request: Request | None = None) -> Resolved:
     if checkpoint.recipe is not None:
         recipe = checkpoint.recipe
         source = f"recipe in the checkpoint ({recipe.get('builder')}, {recipe.get('loss')})"
-        return _drawn(Resolved(_from_recipe(checkpoint), source + _taken(checkpoint)), request.num_batches)
+        objective, notes = _from_recipe(checkpoint)
+        return _drawn(Resolved(objective, source + _taken(checkpoint), notes), request.num_batches)
     if is_language_model(checkpoint):
         return _on_text(checkpoint, request)
     raise UnknownObjective(_teaching(checkpoint))
@@ -135,18 +136,19 @@ def _from_named_recipe(checkpoint: Checkpoint, request: Request) -> Resolved:
     return _finished(checkpoint, request, objective, f"{recipe.objective} (recipe in the checkpoint)")
 
 
-def _from_recipe(checkpoint: Checkpoint) -> Objective:
+def _from_recipe(checkpoint: Checkpoint) -> tuple[Objective, tuple[str, ...]]:
+    """The objective, and what is to be said of how the weights fit."""
     try:
         recipe = Recipe.from_dict(checkpoint.recipe or {})
         with random_state(), torch.device("meta"):  # whatever sizes it asks for, no memory is taken
             model = build(recipe.builder, recipe.kwargs)
     except InvalidArgument as error:
         raise UnknownObjective(_unusable(checkpoint, error)) from error
-    fit(model, checkpoint.weights, str(checkpoint.path))
+    notes = fit(model, checkpoint.weights, str(checkpoint.path))
     restore = getattr(model, "restore_derived", None)
     if restore is not None:
         restore()
-    return Objective(model, KnownLoss(LOSSES[recipe.loss], recipe.loss_options), recipe.batches())
+    return Objective(model, KnownLoss(LOSSES[recipe.loss], recipe.loss_options), recipe.batches()), notes
 
 
 def _unusable(checkpoint: Checkpoint, error: InvalidArgument) -> str:
@@ -176,8 +178,8 @@ def _on_text(checkpoint: Checkpoint, request: Request) -> Resolved:
 
 def _finished(checkpoint: Checkpoint, request: Request, objective: Objective, source: str) -> Resolved:
     """With the weights in the model, and the data drawn."""
-    fit(objective.model, checkpoint.weights, str(checkpoint.path))
-    return _drawn(Resolved(objective, source + _taken(checkpoint)), request.num_batches)
+    notes = fit(objective.model, checkpoint.weights, str(checkpoint.path))
+    return _drawn(Resolved(objective, source + _taken(checkpoint), notes), request.num_batches)
 
 
 def _taken(checkpoint: Checkpoint) -> str:
