@@ -25,6 +25,7 @@ class Description:
         step: Of training.
         config: What the directory says of the model.
         notes: What a reader should know.
+        refusal: Why it is not read when it is measured, and what to do; None if it is.
     """
 
     path: Path
@@ -37,3 +38,4 @@ class Description:
     step: int | None = None
     config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    refusal: str | None = None

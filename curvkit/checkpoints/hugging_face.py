@@ -49,7 +49,10 @@ def read_directory(path: Path, *, load: Load, trust: Trust = NOTHING) -> Checkpo
     if (directory / adapters.CONFIG).exists():
         found = adapters.read_adapter(directory, load=load)
         return replace(found, notes=(*notes, *found.notes))
-    config = _config(directory, trust)
+    config = _config(directory)
+    refusal = _refusal(config, trust)
+    if refusal is not None:
+        raise RefusedCheckpoint(f"{directory / 'config.json'}: {refusal}")
     if _spread(directory):
         tensors, optimizer = _gathered(directory)
         said = ("the weights are spread over the files of several processes",)
@@ -81,7 +84,8 @@ def describe(path: Path) -> Description:
         Names, shapes and dtypes; of weights in files of torch.save, these files.
 
     Raises:
-        RefusedCheckpoint: As `read_directory`, but for what only the numbers or a pickle can show.
+        RefusedCheckpoint: As `read_directory`, but for what only the numbers or a pickle can show; a model that is not measured because of
+            its configuration is described all the same, with the reason.
 
     Cost: headers are read; torch is not imported.
     """
@@ -89,7 +93,8 @@ def describe(path: Path) -> Description:
     if (directory / adapters.CONFIG).exists():
         found = adapters.describe_adapter(directory)
         return replace(found, notes=(*notes, *found.notes))
-    config = _config(directory, NOTHING)
+    config = _config(directory)
+    refusal = _refusal(config, NOTHING)
     if _spread(directory):
         found = distributed.describe(directory)
         return replace(
@@ -98,6 +103,7 @@ def describe(path: Path) -> Description:
             step=training_state.step(directory),
             config=config,
             notes=(*notes, *found.notes, *_config_notes(config)),
+            refusal=refusal,
         )
     weights = _weights(directory)
     tensors, said = shards.described(weights) if weights.safetensors else ({}, weights.notes)
@@ -113,6 +119,7 @@ def describe(path: Path) -> Description:
         training_state.step(directory),
         config,
         (*notes, *(note for note in said if note != NO_CHECKSUM), *_config_notes(config)),
+        refusal,
     )
 
 
@@ -184,29 +191,30 @@ def _next_step(directory: Path, names: list[str]) -> str:
     return "Pass the directory that save_pretrained or the Trainer wrote, or wait until it is complete."
 
 
-def _config(directory: Path, trust: Trust) -> dict[str, Any] | None:
+def _config(directory: Path) -> dict[str, Any] | None:
     if not (directory / "config.json").exists() and not (directory / "config.json").is_symlink():
         return None
-    config = document(confined(directory, "config.json", source=str(directory)))
-    source = directory / "config.json"
-    for place, key, value in _entries(config):
+    return document(confined(directory, "config.json", source=str(directory)))
+
+
+def _refusal(config: dict[str, Any] | None, trust: Trust) -> str | None:
+    """Why a model of this configuration is not measured, and what to do; None if it is."""
+    for place, key, value in _entries(config or {}):
         where = f"{place}{key}"
         if key == "quantization_config" and value is not None:
-            raise RefusedCheckpoint(
-                f"{source}: the weights are quantised ({where}). Quantised weights have no curvature of their own; "
+            return (
+                f"the weights are quantised ({where}). Quantised weights have no curvature of their own; "
                 "pass the checkpoint before quantisation."
             )
         if key == "auto_map" and value and not trust.everything:
-            raise RefusedCheckpoint(
-                f"{source}: the model needs code that comes with it ({where}: {brief(value)}). Nothing was imported. "
+            return (
+                f"the model needs code that comes with it ({where}: {brief(value)}). Nothing was imported. "
                 "If you have read that code and believe it, add --trust."
             )
         named = "attn_implementation" in key and isinstance(value, str) and "/" in value
         if named and not trust.everything:
-            raise RefusedCheckpoint(
-                f"{source}: {where} is {brief(value)}, code to be downloaded. Nothing was. Write 'eager' in its place."
-            )
-    return config
+            return f"{where} is {brief(value)}, code to be downloaded. Nothing was. Write 'eager' in its place."
+    return None
 
 
 def _entries(config: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -218,7 +218,7 @@ def _described(found: Description) -> Inspection:
         bad,
         f"it refers to {', '.join(map(harmless, bad[:5]))}, which loading would import and could run. {SAVE}"
         if bad
-        else None,
+        else found.refusal,
         optimizer,
         found.step,
         removed,
