@@ -607,7 +607,7 @@ def test_a_detached_loss_is_refused():
 
 def test_what_it_shares_with_the_hessian_is_refused_in_its_name():
     G = classifier(F.cross_entropy)
-    with pytest.raises(InvalidArgument, match=rf"GGN: a vector of shape \(2, 1\).*this operator takes \[{G.n}\]"):
+    with pytest.raises(InvalidArgument, match=rf"GGN: a vector of shape \(2,\).*this operator takes \[{G.n}\]"):
         G.matvec(torch.zeros(2))
     with pytest.raises(InvalidArgument, match="GGN: residency='keep' is not one of"):
         classifier(F.cross_entropy, residency="keep")

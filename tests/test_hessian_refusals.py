@@ -9,19 +9,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, ENGINES, X, Y
-from oracles import classes, cut, normal, seeded
+from oracles import classes, cut, dense, normal, relative, seeded
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from curvkit.errors import CurvkitError, InvalidArgument, UnknownObjective, UnsupportedModel
 from curvkit.losses import BatchLoss
 from curvkit.models import MLP
 from curvkit.objectives import Objective
-from curvkit.operators import Hessian
+from curvkit.operators import GGN, DifferenceHessian, Hessian, Preconditioned
 from curvkit.operators.point import Point
 
 
 def small(**options: Any) -> Hessian:
     return Hessian(CASES["mlp"]().objective(), **options)
+
+
+def test_what_is_no_vector_is_refused_as_it_was_given():
+    H = small()
+    with pytest.raises(InvalidArgument, match="Hessian: a list was given; this operator takes"):
+        H.matvec([0.0] * H.n)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="Hessian: a list was given; this operator takes"):
+        H.matmat([[0.0]] * H.n)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match=rf"a vector of shape \({H.n},\), torch.float32 on cpu was given"):
+        H.matvec(torch.zeros(H.n))
+    with pytest.raises(InvalidArgument, match="Preconditioned: diagonal=list is no tensor"):
+        Preconditioned(H, [1.0] * H.n)  # type: ignore[arg-type]
 
 
 def test_a_wrong_vector_is_refused():
@@ -314,3 +327,130 @@ def test_the_caller_s_modes_do_not_matter(make: Callable[[], Any], engine: str):
     assert torch.equal(got, expected)
     assert torch.equal(mixed, expected)
     assert torch.equal(inside.gradient, outside.gradient)
+
+
+# ---- rows that are coupled ------------------------------------------------------------------------------------------
+
+
+class Normalised(nn.Module):
+    """BatchNorm that no module shows."""
+
+    def __init__(self, by_hand: bool, gate: float = 1.0) -> None:
+        super().__init__()
+        self.first, self.last, self.gate = nn.Linear(4, 5), nn.Linear(5, 3), nn.Parameter(torch.tensor(gate))
+        self.by_hand = by_hand
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        by_hand = (h - h.mean(0)) / (h.var(0) + 1e-5).sqrt()
+        normalised = by_hand if self.by_hand else F.batch_norm(h, None, None, training=True)
+        return self.last(torch.tanh(h + self.gate * normalised))
+
+
+@pytest.mark.parametrize("make", [Hessian, GGN, DifferenceHessian])
+@pytest.mark.parametrize("gate", [1.0, 0.0])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_rows_coupled_in_several_batches_are_refused(by_hand: bool, gate: float, make: Any):
+    """Also behind a gate that is zero, where the loss itself does not show it. One batch is measured, and said to be one."""
+    with seeded():
+        model = Normalised(by_hand, gate).double().eval()
+    for loss in (F.cross_entropy, lambda o, t: (F.cross_entropy(o, t, reduction="sum"), len(t))):
+        with pytest.raises(
+            UnsupportedModel, match="rows of a batch are coupled.*cut into 2 batches.*pass all data as one batch"
+        ):
+            make(Objective(model, loss, cut([5, 4], X, Y)))
+        one = make(Objective(model, loss, [(X, Y)]))
+        assert any("belongs to this very batch" in note for note in one.notes)
+
+
+def test_coupled_rows_of_one_batch_are_measured():
+    """Oracle: dense autograd in float64."""
+    with seeded():
+        model = Normalised(True).double().eval()
+    H = Hessian(Objective(model, F.cross_entropy, [(X, Y)]))
+    truth = dense(model, lambda call: F.cross_entropy(call(X), Y)).hessian
+    assert relative(H.matmat(torch.eye(H.n).double()), truth) <= 1e-12
+
+
+def contrastive(model: nn.Module, batch: Any) -> Tensor:
+    one, other = (F.normalize(model(view), dim=1) for view in batch)
+    return F.cross_entropy(one @ other.T, torch.arange(len(one)))
+
+
+def test_a_loss_that_couples_rows_is_noted():
+    made = CASES["mlp"]()
+    H = Hessian(Objective(made.model, BatchLoss(contrastive), [(X, X + 0.1)]))
+    assert any("a loss that compares rows" in note for note in H.notes)
+    mean = Hessian(Objective(made.model, lambda o, t: F.cross_entropy(o, t), [(X, Y)]))
+    assert not mean.notes
+
+
+def test_rows_that_are_parts_of_an_example_are_no_coupled_examples():
+    """Steps of time in dimension 0: each batch is a sequence, and may be one of several."""
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.over, self.head = nn.GRU(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.over(x)[0])
+
+    with seeded():
+        model = Steps().double().eval()
+    assert not Hessian(Objective(model, F.cross_entropy, cut([5, 4], X, Y))).notes
+
+
+@pytest.mark.parametrize("sizes", [[1] * 9, [2, 2, 5], [9]])
+def test_independent_rows_are_left_alone(sizes: list[int]):
+    made = CASES["mlp"]()
+    assert not Hessian(Objective(made.model, F.cross_entropy, cut(sizes, X, Y))).notes
+
+
+# ---- what torch says itself -----------------------------------------------------------------------------------------
+
+
+def test_outputs_in_bfloat16_are_called_by_their_name():
+    class Casting(MLP):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).bfloat16()
+
+    with seeded():
+        model = Casting([4, 5, 3])
+    with pytest.raises(UnsupportedModel, match="the model returns bfloat16 though its parameters are float32") as error:
+        Hessian(Objective(model, F.cross_entropy, [(normal(61, 4).float(), classes(61, num=3))]))
+    assert "averages it in another way" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("make", [Hessian, DifferenceHessian])
+def test_reentrant_checkpointing_is_explained_by_either_rule(make: Any):
+    class Again(MLP):
+        def forward(self, input: Tensor) -> Tensor:
+            x = input + 0.0 * next(self.parameters()).sum()
+            return checkpoint(super().forward, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+    with seeded():
+        model = Again([4, 5, 3])
+    with pytest.raises(UnsupportedModel, match="use_reentrant=True.*neither for products nor for differences"):
+        make(Objective(model, F.cross_entropy, [(X.float(), Y)]))
+
+
+def test_a_cast_to_a_fixed_dtype_in_a_model_of_two_precisions_is_explained():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3).half()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).half()).float()
+
+    with pytest.raises(UnsupportedModel, match="does not run as a copy in torch.float32.*casts to a fixed dtype"):
+        Hessian(Objective(Mixed(), F.cross_entropy, [(X.float(), Y)]))
+
+
+def test_a_model_built_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = nn.Linear(4, 3)
+    with pytest.raises(UnsupportedModel, match=r"built inside torch.inference_mode\(\)"):
+        Objective(model, F.cross_entropy, [(X.float(), Y)])

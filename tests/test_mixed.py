@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from curvkit_cli.main import run
 from oracles import classes, cut, dense, normal, seeded, surroundings
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from curvkit import Recipe, save
 from curvkit.errors import InvalidArgument, UnsupportedModel
@@ -110,6 +111,27 @@ def test_settings_that_do_not_go_together_are_refused():
         SharpnessSettings(arithmetic="half")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidArgument, match="arithmetic='bfloat16' does not go with rule='difference'"):
         SharpnessSettings(arithmetic="bfloat16", rule="difference")
+
+
+def test_regions_that_the_model_opens_keep_their_effect():
+    """Law: autocast inside autocast is autocast; activation checkpointing repeats it in the same precision."""
+
+    class Again(MLP):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return checkpoint(super().forward, input, use_reentrant=False).float()  # type: ignore[union-attr]
+
+    plain = mlp()
+    with seeded():
+        model = Again([6, 24, 3], "tanh")
+    again = Objective(model, F.cross_entropy, plain.batches)
+    for residency in ("retained", "streamed"):
+        lowered = MixedHessian(again, residency=residency)
+        v = torch.ones(lowered.n)
+        assert norm(lowered.matvec(v) - MixedHessian(plain, residency=residency).matvec(v)) <= 1e-2 * norm(v)
+        exact = Hessian(again, residency=residency).matvec(v)
+        assert norm(exact - Hessian(plain).matvec(v)) <= 1e-5 * norm(exact)
+        assert norm(lowered.matvec(v) - exact) >= 1e-5 * norm(exact)
 
 
 def test_everything_is_left_as_it_was():

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,8 +33,11 @@ from curvkit.errors import CurvkitError, InvalidArgument, UnknownObjective, Unsu
 from curvkit.losses import BatchLoss
 from curvkit.models import MLP
 from curvkit.objectives import Objective, is_objective, objective
+from curvkit.objectives.autocast import WithoutAutocast
 from curvkit.objectives.data import fingerprint
 from curvkit.objectives.modes import mode
+from curvkit.operators import GGN, DifferenceHessian, Hessian
+from curvkit.operators.preflight import preflight
 from curvkit.parameters import ParameterSpace
 
 X, Y = normal(12, 4, seed=1, dtype=torch.float32), classes(12, num=3, seed=2)
@@ -711,3 +715,146 @@ def test_a_loss_that_holds_on_to_the_model_is_refused_on_a_copy():
     inside = BatchLoss(lambda m, b: F.mse_loss(m(b[0]), b[1]) + sum(p.square().sum() for p in m.parameters()))
     right = Objective(model, inside, [(x, y)])
     assert right.converted(dtype=torch.float64).gradient().float() == pytest.approx(right.gradient(), rel=1e-5)
+
+
+# ---- autocast inside the model --------------------------------------------------------------------------------------
+
+
+class Lowered(MLP):
+    """A model that opens a region of autocast by itself, in one of torch's ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__([4, 5, 3], "tanh")
+        self.way = way
+
+    def forward(self, input: Tensor) -> Tensor:
+        plain = super().forward
+        if self.way == "decorator":
+            return torch.autocast("cpu", torch.bfloat16)(plain)(input)
+        region = {"torch": torch.autocast, "amp": torch.amp.autocast}.get(self.way)
+        with region("cpu", torch.bfloat16) if region else torch.cpu.amp.autocast(dtype=torch.bfloat16):
+            return plain(input)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("way", ["torch", "amp", "cpu.amp", "decorator"])
+@pytest.mark.parametrize("make", [Hessian, GGN])
+def test_autocast_inside_the_model_has_no_effect(way: str, make: Any):
+    """Oracle: dense autograd in float64 on the same function without it; in bfloat16 it would be off by 0.004."""
+    with seeded():
+        lowered = Lowered(way)
+    assert lowered(X).dtype is torch.bfloat16
+    for batches in ([(X, Y)], cut([5, 7], X, Y)):
+        it = Objective(lowered, F.cross_entropy, batches)
+        operator = make(it, residency="streamed")
+        truth = dense(model(torch.float64), lambda call: F.cross_entropy(call(X.double()), Y))
+        plain = make(Objective(model(), F.cross_entropy, batches), residency="streamed")
+        assert operator.loss == pytest.approx(truth.loss, rel=1e-6)
+        assert it.value() == pytest.approx(truth.loss, rel=1e-6)
+        assert relative(operator.gradient.double(), truth.gradient) <= 1e-5
+        v = torch.ones(operator.n)
+        assert torch.equal(operator.matvec(v), plain.matvec(v))
+        assert any("enters torch.autocast by itself, which was switched off" in note for note in operator.notes)
+        assert not plain.notes
+    assert lowered(X).dtype is torch.bfloat16
+
+
+def test_autocast_comes_back_after_an_error():
+    enter = torch.autocast.__enter__
+    with pytest.raises(ZeroDivisionError), WithoutAutocast(), torch.autocast("cpu", torch.bfloat16), WithoutAutocast():
+        raise ZeroDivisionError
+    assert torch.autocast.__enter__ is enter
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (X @ X.T).dtype is torch.bfloat16
+
+
+# ---- losses and models that differentiate in their own right --------------------------------------------------------
+
+
+def residual(net: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+    """Of u' + u = 0, as physics-informed networks have it."""
+    x = batch.clone().requires_grad_(True)
+    u = net(x)
+    (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    return ((du + u) ** 2).sum(), len(x)
+
+
+def transformed(net: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+    """The same by torch.func, which takes no hooks on saved tensors."""
+    du = torch.func.vmap(torch.func.grad(lambda z: net(z[None])[0, 0]))(batch)
+    return ((du + net(batch)) ** 2).sum(), len(batch)
+
+
+@pytest.mark.parametrize("make", [Hessian, DifferenceHessian])
+@pytest.mark.parametrize("residency", ["auto", "streamed"])
+@pytest.mark.parametrize("loss", [residual, transformed])
+def test_a_loss_that_differentiates_is_measured(loss: Any, residency: str, make: Any):
+    """Oracle: dense autograd in float64; differences are right to 1e-9."""
+    with seeded():
+        net = MLP([1, 4, 1], "tanh").double()
+    x = torch.linspace(0, 1, 12, dtype=torch.float64)[:, None]
+    it = Objective(net, BatchLoss(loss), [x[:5], x[5:]])
+
+    def whole(call: Callable[..., Any]) -> Tensor:
+        total, count = residual(call, x)  # type: ignore[arg-type]
+        return total / count
+
+    truth = dense(net, whole)
+    operator = make(it, residency=residency)
+    assert it.value() == pytest.approx(truth.loss, rel=1e-12)
+    assert relative(operator.matmat(torch.eye(operator.n).double()), truth.hessian) <= 1e-7
+
+
+@pytest.mark.parametrize("make", [Hessian, DifferenceHessian])
+@pytest.mark.parametrize("disturb", [lambda h: h.retain_grad(), lambda h: h.register_hook(lambda g: None)])
+def test_a_model_that_asks_for_gradients_is_measured(disturb: Any, make: Any):
+    """Law: the same products as without."""
+
+    class Watched(MLP):
+        def forward(self, input: Tensor) -> Tensor:
+            outputs = super().forward(input)
+            disturb(outputs)
+            return outputs
+
+    with seeded():
+        watched = Watched([4, 5, 3], "tanh")
+    found, expected = (make(Objective(m, F.cross_entropy, cut([5, 7], X, Y))) for m in (watched, model()))
+    v = torch.ones(found.n, dtype=found.dtype)
+    assert relative(found.matvec(v), expected.matvec(v)) <= 1e-6
+
+
+# ---- copies ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_copied_is_shared():
+    """A lock and a compiled function are no part of the numbers."""
+
+    @torch.jit.script
+    def halve(x: Tensor) -> Tensor:
+        return x / 2
+
+    class Locked(MLP):
+        def __init__(self) -> None:
+            super().__init__([4, 5, 3], "tanh")
+            self.lock, self.halve = threading.Lock(), halve
+
+        def forward(self, input: Tensor) -> Tensor:
+            with self.lock:
+                return self.halve(super().forward(input))
+
+    with seeded():
+        locked = Locked()
+    it = Objective(locked, F.cross_entropy, [(X, Y)])
+    copy = it.converted(dtype=torch.float64)
+    assert copy.model.lock is locked.lock
+    assert next(copy.model.parameters()).dtype is torch.float64
+    assert next(it.copied().model.parameters()).data_ptr() != next(locked.parameters()).data_ptr()
+    assert preflight(it).verdict == "right"
+    assert DifferenceHessian(it).loss == pytest.approx(it.value(), rel=1e-6)
+
+
+def test_what_holds_parameters_and_cannot_be_copied_is_named():
+    net = nn.Sequential(nn.Linear(4, 3))
+    net[0].turned = [net[0].weight.t()]
+    with pytest.raises(UnsupportedModel, match=r"cannot be copied: '0.turned' \(list\): .*compute it in forward"):
+        Objective(net, F.cross_entropy, [(X, Y)]).copied()

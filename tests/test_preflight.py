@@ -19,7 +19,7 @@ from curvkit.losses import BatchLoss
 from curvkit.measures import SharpnessSettings, sharpness
 from curvkit.models import Decoder, ResNet
 from curvkit.objectives import Objective
-from curvkit.operators import Hessian
+from curvkit.operators import DifferenceHessian, Hessian
 from curvkit.operators.preflight import Preflight, preflight, refuse_wrong
 
 # Right modules were seen to agree to 1e-5 at a step of 1e-3 or 1e-4, wrong ones to be off by at least 1e-2 at every step.
@@ -485,3 +485,150 @@ def test_hugging_face_architectures_pass(name: str, verdict: str):
     with seeded():
         model, data, loss = hugging_face(name)
     assert preflight(Objective(model.eval(), BatchLoss(loss), [data])).verdict == verdict
+
+
+# ---- fields that are no gradient of the loss, and copies ------------------------------------------------------------
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+class Between(nn.Module):
+    """Two layers, with a function of their activations between them and one after them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], after: Callable[[Tensor, Tensor], Tensor] | None = None):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.between, self.after = between, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x.flatten(1)))
+        y = self.last(self.between(h))
+        return y if self.after is None else self.after(y, h)
+
+
+def scaled(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        largest = x.abs().max()
+    return x / largest
+
+
+def doubled(x: Tensor) -> Tensor:
+    x.register_hook(lambda gradient: 2 * gradient)
+    return x
+
+
+def few() -> tuple[Tensor, Tensor]:
+    return normal(8, 4).float(), torch.arange(8) % 3
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Between(Straight.apply),
+        lambda: Between(scaled),
+        lambda: Between(torch.detach),
+        lambda: Between(doubled),
+        lambda: Between(lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127)),
+        lambda: Between(torch.sin, lambda y, h: y * h.detach().mean(1, keepdim=True)),
+    ],
+    ids=["straight-through", "no_grad", "detached", "hook", "fake_quantize", "detached factor"],
+)
+def test_parameters_whose_gradient_is_not_that_of_the_loss_are_named(build: Callable[[], nn.Module]):
+    """Closed form: what lies before the cut is `first`; differences of the loss itself are what shows it. No rule is recommended."""
+    found = preflight(Objective(made(build), F.cross_entropy, [few()]))
+    assert found.verdict == "wrong"
+    assert found.estimated == ("first.weight", "first.bias")
+    with pytest.raises(
+        UnsupportedModel, match="not the derivative of the loss for 'first.weight', 'first.bias'"
+    ) as error:
+        refuse_wrong(found)
+    assert "rule='difference'" not in str(error.value)
+    assert "saves detached" not in str(error.value)
+    assert "leave them out by patterns" in str(error.value)
+
+
+@pytest.mark.parametrize("function", [OnceSine, DetachedSine])
+def test_a_right_gradient_with_a_wrong_second_derivative_is_told_from_that(function: Any):
+    """The function lies between the two layers: it is the model's own, not the next layer's."""
+    found = preflight(Objective(made(lambda: Between(function.apply)), F.cross_entropy, [few()]))
+    assert found.verdict == "wrong"
+    assert not found.estimated
+    assert [s.where for s in found.suspects] == [f"the model (Between), the function {function.__name__}"]
+    assert {"first.weight", "first.bias"} <= {*found.disagreeing}
+    assert "rule='difference'" in str(found)
+    assert "most for '" in str(found)
+
+
+def test_a_rounded_embedding_gradient_is_found():
+    """scale_grad_by_freq divides the gradient of a row by the times that it is used."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(5, 6, scale_grad_by_freq=True), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.words(x)).mean(1))
+
+    found = preflight(Objective(made(Words), F.cross_entropy, [(torch.arange(12).view(4, 3) % 2, torch.arange(4) % 3)]))
+    assert (found.verdict, found.estimated) == ("wrong", ("words.weight",))
+
+
+def test_a_cast_is_named():
+    found = preflight(Objective(made(lambda: Between(lambda x: x.bfloat16().to(x.dtype))), F.cross_entropy, [few()]))
+    assert found.verdict == "wrong"
+    assert "cast to bfloat16 or float16 inside the model, what is rounded has steps" in str(found)
+
+
+def test_a_view_that_the_model_holds_is_right():
+    """Oracle: the same product by torch alone on the model itself. The copy's view is one of the copy's parameter."""
+
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.turned = self.last.weight.t()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.first(x)) @ self.turned + self.last.bias
+
+    model, (x, y) = made(Held).double(), few()
+    model.turned = model.last.weight.t()  # .double() gave the parameter another storage
+    it = Objective(model, F.cross_entropy, [(x.double(), y)])
+    found = preflight(it)
+    assert found.verdict == "right", str(found)
+    H = Hessian(it)
+    v = normal(H.n)
+    gradient = torch.autograd.grad(F.cross_entropy(model(x.double()), y), [*model.parameters()], create_graph=True)
+    flat = torch.cat([g.flatten() for g in gradient])
+    truth = torch.cat([g.flatten() for g in torch.autograd.grad(flat @ v, [*model.parameters()])])
+    assert (H.matvec(v) - truth).norm() <= 1e-12 * truth.norm()
+    # differences move the copy's parameter, and its view with it; their error is 1e-9
+    assert (DifferenceHessian(it).matvec(v) - truth).norm() <= 1e-7 * truth.norm()
+    single = Objective(made(Held), F.cross_entropy, [(x, y)]).converted(dtype=torch.float64)
+    assert single.model.turned.dtype == torch.float64
+
+
+def test_a_tensor_computed_earlier_is_not_checked():
+    """A copy cannot follow it, so that there are no differences; the products of the model itself are right."""
+
+    class Held(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.twice = 2 * self.weight
+
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.twice, self.bias)
+
+    found = preflight(Objective(made(Held), F.cross_entropy, [few()]))
+    assert found.verdict == "not checked"
+    assert "not checked: Objective: the loss cross_entropy uses the parameter 'weight'" in str(found)
+    assert "compute tensors in forward" in str(found)

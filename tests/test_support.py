@@ -86,6 +86,20 @@ class Quantised(nn.Module):
         return x @ self.weight.to(x.dtype).T
 
 
+class ByHand(nn.Module):
+    """w = g v / ||v||, by torch's fused function or written out."""
+
+    def __init__(self, written_out: bool) -> None:
+        super().__init__()
+        self.v, self.g, self.head = nn.Linear(4, 6), nn.Parameter(torch.rand(6, 1)), nn.Linear(6, 3)
+        self.written_out = written_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.v.weight
+        w = v * (self.g / v.norm(dim=1, keepdim=True)) if self.written_out else torch._weight_norm(v, self.g, 0)
+        return self.head(torch.tanh(F.linear(x, w, self.v.bias)))
+
+
 def sdpa(x: Tensor) -> Tensor:
     heads = x.reshape(len(x), 1, 3, 2)
     return F.scaled_dot_product_attention(heads, heads, heads)
@@ -128,6 +142,10 @@ SAMPLES: dict[str, Sample] = {
     "TransformerEncoderLayer, eval": Sample(encoder),
     "LSTM, GRU, RNN": Sample(lambda: Around(nn.LSTM(4, 5, batch_first=True), 3, 4)),
     "weight_norm": Sample(lambda: Around(parametrizations.weight_norm(nn.Linear(6, 6)), 6)),
+    "torch._weight_norm, called by hand": Sample(lambda: ByHand(False), lambda: ByHand(True)),
+    "cast to bfloat16 or float16 inside the model": Sample(
+        lambda: Around(Calling(lambda x: x.bfloat16().to(x.dtype)), 6), lambda: Around(nn.Identity(), 6)
+    ),
     "spectral_norm, train mode": Sample(lambda: Around(parametrizations.spectral_norm(nn.Linear(6, 6)), 6), train=True),
     "spectral_norm, eval mode": Sample(lambda: Around(parametrizations.spectral_norm(nn.Linear(6, 6)), 6)),
     "dropout, train mode": Sample(lambda: Around(nn.Dropout(0.5), 6), train=True),
@@ -273,7 +291,7 @@ def test_curvkit_does_what_the_row_says(name: str):
     text = (
         "no second derivative|cannot be differentiated twice"
         if row.curvkit == "raises"
-        else "Objective: |preflight: |ParameterSpace: "
+        else "Objective: |preflight: |ParameterSpace: |Hessian: the model uses"
     )
     with pytest.raises(kind, match=text):
         measured(sample, model)

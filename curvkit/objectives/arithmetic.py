@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import nn
 
+from curvkit.objectives.autocast import WithoutAutocast
 from curvkit.objectives.rewriting import TwiceDifferentiable
 
 PRECISION_SWITCHES = {
@@ -29,7 +30,8 @@ class ExactArithmetic(contextlib.AbstractContextManager["ExactArithmetic"]):
     """While active, kernels can be differentiated twice and do not round more than their dtype.
 
     Attention by the MATH backend (the fused ones have no second derivative), no fused encoder path, `TwiceDifferentiable` modules, no
-    autocast, gradients on, no TF32 or bfloat16 in place of float32, and no cuDNN for recurrent layers. All global flags are restored.
+    autocast, neither around the model nor opened by it, gradients on, no TF32 or bfloat16 in place of float32, and no cuDNN for recurrent
+    layers. All global flags are restored.
     It may be entered again after it was left: the model is looked through once, and beside a product of a small model each look counts.
 
     Args:
@@ -41,6 +43,12 @@ class ExactArithmetic(contextlib.AbstractContextManager["ExactArithmetic"]):
         self._devices = ("cpu", "cuda") if any(p.device.type == "cuda" for p in model.parameters()) else ("cpu",)
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._rewriting = TwiceDifferentiable(model)
+        self._autocast = WithoutAutocast()
+
+    @property
+    def silenced(self) -> bool:
+        """Whether the model opened a region of autocast so far, which had no effect."""
+        return self._autocast.silenced
 
     def __enter__(self) -> Self:
         """Set the switches that are otherwise."""
@@ -55,6 +63,7 @@ class ExactArithmetic(contextlib.AbstractContextManager["ExactArithmetic"]):
             for kind in self._devices:
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(self._autocast)
             if on_cuda and self._recurrent:
                 stack.enter_context(_without_cudnn())
             stack.enter_context(self._rewriting)

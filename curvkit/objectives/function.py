@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from curvkit.objectives.arithmetic import ExactArithmetic
 from curvkit.objectives.modes import refuse_gradient_hooks, refuse_random_modules
 from curvkit.objectives.problem import Problem
 from curvkit.objectives.surroundings import random_state, undisturbed
+
+NEEDS_GRAPH = re.compile(r"requires?[ _]grad")
+"""In what torch says of torch.autograd.grad, retain_grad and register_hook where gradients are off."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,9 +72,15 @@ class Objective(Problem):
                 refuse_random_modules(module, len(self.batches))
                 refuse_gradient_hooks(module)
                 stack.enter_context(undisturbed(module, copies="_measured" not in vars(self)))
-            stack.enter_context(ExactArithmetic(self.model))
+            arithmetic = stack.enter_context(ExactArithmetic(self.model))
             yield
         vars(self)["_measured"] = True
+        vars(self)["_silenced"] = self.silenced_autocast or arithmetic.silenced
+
+    @property
+    def silenced_autocast(self) -> bool:
+        """Whether a measurement so far ran into autocast inside the model, and switched it off."""
+        return vars(self).get("_silenced", False)
 
     def terms(self, index: int) -> LossTerms:
         """Evaluate the loss on one batch; call it inside `measuring()`.
@@ -86,9 +96,40 @@ class Objective(Problem):
                 another device than the model.
             UnsupportedModel: If the forward pass writes to its input.
         """
-        with self._reading(index) as batch:
+        with self._reading(index) as batch, self._converted():
             terms = self._loss.terms(self.model, batch)
         return self._said(terms)
+
+    def numbers(self, index: int) -> tuple[float, float]:
+        """Sum and weight of the terms of one batch as numbers, without a graph where that is possible; call it inside `measuring()`.
+
+        A loss or a model that differentiates in its own right (torch.autograd.grad, retain_grad, hooks on tensors) needs one.
+
+        Args:
+            index: Number of the batch.
+
+        Returns:
+            Total and weight.
+
+        Raises:
+            RuntimeError: What the model raises, also with gradients on.
+        """
+        if not self.needs_graph:
+            try:
+                with torch.no_grad():
+                    terms = self.terms(index)
+                return terms.total.item(), terms.weight
+            except RuntimeError as error:
+                if not NEEDS_GRAPH.search(str(error)):
+                    raise
+        terms = self.terms(index)
+        vars(self)["_needs_graph"] = True
+        return terms.total.item(), terms.weight
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether the loss was seen to need gradients on for its mere value; see `numbers`."""
+        return vars(self).get("_needs_graph", False)
 
     def outputs(self, index: int) -> tuple[Tensor, Any]:
         """Run the model on one batch; call it inside `measuring()`.
@@ -103,7 +144,7 @@ class Objective(Problem):
             UnknownObjective: If the loss does not take outputs and targets, or the batch lies on another device than the model.
             UnsupportedModel: If the forward pass writes to its input.
         """
-        with self._reading(index) as batch:
+        with self._reading(index) as batch, self._converted():
             return self._loss.outputs(self.model, batch)
 
     def terms_of(self, outputs: Tensor, targets: Any) -> LossTerms:
@@ -152,9 +193,9 @@ class Objective(Problem):
         Cost: one forward pass over the data.
         """
         it = self.raised()
-        with it.measuring(), torch.no_grad():
-            terms = [it.terms(index) for index in range(len(it.batches))]
-        return math.fsum(t.total.item() for t in terms) / it.denominator([t.weight for t in terms])
+        with it.measuring():
+            numbers = [it.numbers(index) for index in range(len(it.batches))]
+        return math.fsum(total for total, _ in numbers) / it.denominator([weight for _, weight in numbers])
 
     def gradient(self) -> Tensor:
         """The gradient of L, computed as `raised`.
@@ -187,6 +228,20 @@ class Objective(Problem):
                 f"Objective: the forward pass writes to its input (batch {index}), so that the data changes from pass to pass. "
                 "Use the out-of-place form, for example x = x / 255."
             )
+
+    @contextlib.contextmanager
+    def _converted(self) -> Generator[None]:
+        """Say why a copy in another precision does not run, where the original would."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "_origin" not in vars(self) or "dtype" not in str(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise UnsupportedModel(
+                f"Objective: the model does not run as a copy in {self.dtype} ({reason}), in which it is measured: it casts to a fixed "
+                "dtype. Write such casts by a weight, x.to(self.weight.dtype), or give the model in one precision, model.float()."
+            ) from error
 
     def _said(self, terms: LossTerms) -> LossTerms:
         """Terms that can be joined with those of other batches, of this model and no other."""

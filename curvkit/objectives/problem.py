@@ -14,8 +14,8 @@ from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
 from curvkit.losses import Batch, KnownLoss, Loss, as_loss
 from curvkit.losses.batches import cast, map_tensors, rows, take_rows
 from curvkit.objectives import data as drawing
+from curvkit.objectives.copying import deep_copy
 from curvkit.objectives.modes import mode
-from curvkit.objectives.rewriting import deep_copy
 from curvkit.objectives.surroundings import random_state
 from curvkit.parameters import ParameterSpace
 
@@ -51,9 +51,9 @@ class Origin:
             found = self.parameters.get(id(getattr(node, "variable", None)))
             if found is not None:
                 raise UnknownObjective(
-                    f"Objective: the loss {loss} uses the parameter {found[0]!r} of the model from an outer scope, so that a copy of the "
-                    "model (in float64, on another device) would be another function. Take the model from the argument: "
-                    "curvkit.BatchLoss(fn) with fn(model, batch)."
+                    f"Objective: the loss {loss} uses the parameter {found[0]!r} of the model from an outer scope, or by a tensor that the "
+                    "model computed earlier and holds, so that a copy of the model (in float64, on another device) would be another "
+                    "function. Take the model from the argument, curvkit.BatchLoss(fn) with fn(model, batch); compute tensors in forward."
                 )
             stack += [before for before, _ in node.next_functions]
         self.checked = True
@@ -81,7 +81,12 @@ class Problem:
         drawing.check_source(self.data)
         if not isinstance(self.parameters, ParameterSpace):
             object.__setattr__(self, "parameters", ParameterSpace.of(self.model, self.parameters))
-        self.parameters.tensors(self.model)  # they must be this model's
+        tensors = self.parameters.tensors(self.model)  # they must be this model's
+        if any(tensor.is_inference() for tensor in tensors):
+            raise UnsupportedModel(
+                "Objective: the model was built inside torch.inference_mode(), so that its parameters cannot be differentiated. Build or "
+                "load it outside; torch.no_grad() does no harm."
+            )
 
     def __repr__(self) -> str:
         """Model, loss and number of parameters; not the data."""
@@ -188,7 +193,7 @@ class Problem:
         if same and (target is None or target == self.device):
             return self
         with random_state():
-            model = deep_copy(self.model).to(device=target, dtype=dtype)
+            model = deep_copy(self.model, device=target, dtype=dtype)
         batches = [cast(batch, device=target, dtype=dtype) for batch in self.batches]
         moved = self._with(model=model, loss=self._loss.moved(target, dtype), data=batches)
         vars(moved)["_drawn"] = (tuple(batches), self._drawn[1])  # what is to be known of the data stays with it

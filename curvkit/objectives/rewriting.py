@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
@@ -35,7 +34,7 @@ class TwiceDifferentiable(contextlib.AbstractContextManager["TwiceDifferentiable
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._patches: list[tuple[Any, str, Callable[..., Tensor]]] = []
-        self._sparse: list[nn.Embedding] = []
+        self._sparse: list[nn.Embedding | nn.EmbeddingBag] = []
         self._compiled = False
         self._undo = contextlib.ExitStack()
         module: Any
@@ -43,7 +42,7 @@ class TwiceDifferentiable(contextlib.AbstractContextManager["TwiceDifferentiable
             kind = type(module)
             if kind.__name__ == "_WeightNorm" and kind.__module__ == "torch.nn.utils.parametrizations":
                 self._patches.append((module, "forward", partial(_normalised, module.dim)))
-            elif isinstance(module, nn.Embedding) and module.sparse:
+            elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
                 self._sparse.append(module)
             for hook in vars(module)["_forward_pre_hooks"].values():
                 if isinstance(hook, WeightNorm):
@@ -68,30 +67,6 @@ class TwiceDifferentiable(contextlib.AbstractContextManager["TwiceDifferentiable
     def __exit__(self, *exception: object) -> None:
         """Take them away."""
         self._undo.close()
-
-
-def deep_copy(model: nn.Module) -> nn.Module:
-    """Copy a module that may hold tensors which it computed, as the old weight_norm does; torch refuses to copy those.
-
-    Args:
-        model: Any module; left as it was.
-
-    Returns:
-        The copy, with the values of such tensors.
-    """
-    held = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor) and value.grad_fn is not None
-    ]
-    for module, name, value in held:
-        setattr(module, name, value.detach())
-    try:
-        return copy.deepcopy(model)
-    finally:
-        for module, name, value in held:
-            setattr(module, name, value)
 
 
 def _normalised(dim: int, g: Tensor, v: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from curvkit.objectives import Objective
 from curvkit.objectives.arithmetic import ExactArithmetic
 from curvkit.operators.folding import FoldBatchNorm
 from curvkit.operators.graph import BatchGraph, refuse_not_finite
+from curvkit.operators.independence import refuse_coupled
 from curvkit.operators.memory import release
 from curvkit.operators.plan import Plan, Residency, choose, fitting
 from curvkit.operators.point import Point
@@ -25,6 +26,7 @@ from curvkit.parameters import ParameterSpace
 
 MANY_BATCHES = 1000
 """From here on sums over batches are accumulated in float64."""
+SILENCED = "the model enters torch.autocast by itself, which was switched off: everything was computed in the dtype of the parameters"
 
 
 class BatchwiseOperator:
@@ -115,7 +117,7 @@ class BatchwiseOperator:
 
         Cost: that of a product, see the class.
         """
-        if v.ndim != 1:
+        if not isinstance(v, Tensor) or v.ndim != 1 or v.dtype != self.dtype:  # as it was given, not as a column
             self._refuse(v)
         return self.matmat(v[:, None]).squeeze(1)
 
@@ -210,6 +212,8 @@ class BatchwiseOperator:
         graphs, weights, counts, used = [], [], [], [False] * len(self.space.entries)
         with self._measuring():
             refuse_doubtful_loss(self.matrix, self._parts)
+        self._note(refuse_coupled(self.matrix, self.objective))
+        with self._measuring():
             gradient = torch.zeros(self.n, dtype=self._sum_dtype, device=self.device)
             for graph in self._graphs():
                 weights.append(graph.weight)
@@ -220,7 +224,13 @@ class BatchwiseOperator:
                     graphs.append(graph)
         if self.plan.residency == "retained":
             self._retained = graphs
+        if self.objective.silenced_autocast:
+            self._note(SILENCED)
         return gradient, weights, counts, used
+
+    def _note(self, sentence: str | None) -> None:
+        if sentence is not None and sentence not in self.notes:
+            self.notes = (*self.notes, sentence)
 
     def _build(self) -> Iterator[BatchGraph]:
         for index, owner in enumerate(self._owners):
@@ -289,12 +299,20 @@ class BatchwiseOperator:
         return row
 
     def _check(self, V: Tensor) -> None:
-        if V.ndim != 2 or V.shape[0] != self.n or V.device != self.device or V.dtype != self.dtype:
+        if (
+            not isinstance(V, Tensor)
+            or V.ndim != 2
+            or V.shape[0] != self.n
+            or V.device != self.device
+            or V.dtype != self.dtype
+        ):
             self._refuse(V)
         self.refuse_moved()
 
-    def _refuse(self, V: Tensor) -> NoReturn:
+    def _refuse(self, V: object) -> NoReturn:
+        tensor = isinstance(V, Tensor)
+        got = f"a vector of shape {tuple(V.shape)}, {V.dtype} on {V.device}" if tensor else f"a {type(V).__name__}"
         raise InvalidArgument(
-            f"{self.matrix}: a vector of shape {tuple(V.shape)}, {V.dtype} on {V.device} was given; this operator takes [{self.n}], or "
+            f"{self.matrix}: {got} was given; this operator takes [{self.n}], or "
             f"[{self.n}, k] in matmat, {self.dtype} on {self.device}. Convert it with .to(operator.device, operator.dtype)."
         )

@@ -115,8 +115,8 @@ class _DoubleOperator(_CopiedOperator):
     def _run(self) -> Objective:
         """The first part in float64, tried once."""
         double = self._parts.with_batches(self._parts.batches[:1]).converted(dtype=torch.float64)
-        with double.measuring(), torch.no_grad():
-            double.terms(0)
+        with double.measuring():
+            double.numbers(0)
         return double
 
     def _part(self, index: int) -> Objective:

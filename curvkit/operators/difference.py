@@ -13,7 +13,7 @@ from curvkit.errors import CurvkitError, UnsupportedModel, ran_out_of_memory
 from curvkit.linalg.basis import norm
 from curvkit.objectives import Objective
 from curvkit.operators.batchwise import BatchwiseOperator
-from curvkit.operators.graph import BatchGraph, finite_total
+from curvkit.operators.graph import BatchGraph, explained, finite_total
 from curvkit.operators.moving import Moving
 from curvkit.operators.plan import Plan
 from curvkit.operators.point import Point
@@ -70,7 +70,8 @@ class DifferenceGraph(BatchGraph):
         total = finite_total(cls.matrix, objective, index if number is None else number, terms)
         gradient: tuple[Tensor | None, ...] = tuple(None for _ in parameters)
         if terms.total.requires_grad:
-            gradient = torch.autograd.grad(terms.total, parameters, allow_unused=True)
+            with explained(cls.matrix):
+                gradient = torch.autograd.grad(terms.total, parameters, allow_unused=True)
         at = objective.with_batches([objective.batches[index]])
         return cls(parameters, gradient, total, terms.weight, terms.count, at)
 
@@ -211,8 +212,8 @@ class DifferenceHessian(BatchwiseOperator):
 def _run_once(objective: Objective) -> None:
     """Evaluate the first batch; a lack of memory is met later, by cutting batches."""
     try:
-        with objective.measuring(), torch.no_grad():
-            objective.terms(0)
+        with objective.measuring():
+            objective.numbers(0)
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise

@@ -42,6 +42,14 @@ class BatchGraph(ABC):
     def build(cls, objective: Objective, index: int, *, number: int | None = None) -> Self:
         """Run a batch and keep its graph; call it inside `objective.measuring()`."""
 
+    def roots(self) -> list[Tensor]:
+        """The tensors by which the graph can be reached.
+
+        Returns:
+            Those pieces of the gradient that have one.
+        """
+        return [piece for piece in self.gradient if piece is not None and piece.requires_grad]
+
     @classmethod
     @abstractmethod
     def product(cls, graphs: Sequence[Any], pieces: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
@@ -180,6 +188,7 @@ def explained(matrix: str) -> Generator[None]:
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
+        refuse_reentrant(matrix, error)
         found = re.search(r"derivative for '?(?:aten::)?(\w+?)'? is not implemented", str(error))
         if found is None:
             raise
@@ -188,6 +197,24 @@ def explained(matrix: str) -> Generator[None]:
             f"{matrix}: torch {torch.__version__} has no second derivative of {operation}, which the model or the loss uses. "
             "Replace that operation by one that has, leave the parameters before it out by patterns, or measure by "
             "differences of gradients (rule='difference') if the model is smooth."
+        ) from error
+
+
+def refuse_reentrant(matrix: str, error: Exception) -> None:
+    """Say what to do about activation checkpointing of the old kind, which serves `.backward()` alone.
+
+    Args:
+        matrix: Whose products are wanted, for the message.
+        error: What torch raised.
+
+    Raises:
+        UnsupportedModel: If it is that.
+    """
+    if "use_reentrant" in str(error):
+        raise UnsupportedModel(
+            f"{matrix}: the model uses activation checkpointing with use_reentrant=True, of which torch takes no torch.autograd.grad, "
+            "neither for products nor for differences of gradients. Call checkpoint(..., use_reentrant=False); for transformers, "
+            "gradient_checkpointing_disable()."
         ) from error
 
 

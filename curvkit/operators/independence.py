@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from curvkit import seeds
-from curvkit.errors import CurvkitError, ran_out_of_memory
+from curvkit.errors import CurvkitError, UnsupportedModel, ran_out_of_memory
 from curvkit.linalg.basis import norm
-from curvkit.losses.batches import Batch, map_tensors, rows
+from curvkit.losses.batches import Batch, map_tensors, rows, take_rows
 from curvkit.objectives import Objective
 from curvkit.operators.graph import BatchGraph, GradientGraph
 
@@ -18,6 +19,9 @@ VALUE_ROUNDING = 64.0
 """A sum of losses in two parts may differ by so many eps, relatively."""
 FEW = (4, 2)
 """So many rows are compared in their curvature; two where memory does not suffice for four."""
+COUPLED = 1e-2
+"""Gradients of rows together and apart that differ by this share of their size are no matter of rounding, also with casts to bfloat16
+inside the model (0.004); normalisation over the batch makes 0.1 to 1."""
 
 
 def rows_are_independent(
@@ -55,13 +59,92 @@ def rows_are_independent(
     return False
 
 
+def refuse_coupled(matrix: str, objective: Objective) -> str | None:
+    """Refuse data in several batches whose rows are not examples of their own, so that the loss depends on how the data was cut.
+
+    Batch normalisation by hand, or by a function that no module shows, couples the rows of a batch: the mean over all batches is
+    then another function for each way to cut. Four rows of the largest batch are held against two and two of them. Rows whose order
+    matters, as steps of time or nodes of a graph do, are parts of one example: batches of such are left alone.
+
+    Args:
+        matrix: Whose products are wanted, for the message.
+        objective: The function.
+
+    Returns:
+        A sentence for the notes if the rows of the only batch are coupled; None if they are not, or if it cannot be known: fewer than
+        three rows, or a model that does not run on a part of them.
+
+    Raises:
+        UnsupportedModel: If they are coupled and there are several batches.
+        Exception: What the loss raises, if it does not raise it again.
+
+    Cost: three gradients of four rows, a fourth where rows are coupled.
+    """
+    sizes = [rows(batch) or 0 for batch in objective.batches]
+    number = sizes.index(max(sizes))
+    count = min(sizes[number], FEW[0])
+    if count < 3:
+        return None
+    one = objective.with_batches([objective.batches[number]])
+    try:
+        coupled = _are_coupled(one, count)
+    except Exception as error:  # not on so few rows, or for lack of memory: then the whole batch says why
+        try:
+            coupled = _are_coupled(one, count)
+        except Exception:
+            return None
+        raise error  # it did not come again, and is no matter of rows
+    if not coupled:
+        return None
+    batches = len(objective.batches)
+    if batches > 1:
+        raise UnsupportedModel(
+            f"{matrix}: the rows of a batch are coupled: {count} rows together have another gradient than the same rows in two parts, as "
+            "where a model normalises over its batch (batch_norm with training=True, mean(0)), the loss compares rows, or a penalty "
+            f"is added once per batch. The result would depend on how the data is cut into {batches} batches. Normalise by fixed "
+            "statistics, or pass all data as one batch, to which the result then belongs."
+        )
+    return (
+        "the loss of the batch is not that of its rows one by one, as with normalisation over the batch, a loss that compares rows or a "
+        "penalty: the result belongs to this very batch, and would be another one for the same data cut otherwise"
+    )
+
+
+def _are_coupled(one: Objective, count: int) -> bool:
+    """Whether the gradient of a batch's first rows is another one than that of two parts of them, and the same in another order."""
+    half = count // 2
+    with one.measuring():
+        whole, *parts = (_gradient(one, span) for span in (range(count), range(half), range(half, count)))
+        if not _differs(whole, parts):
+            return False
+        mean = [half / count * parts[0], (count - half) / count * parts[1]]
+        if not one.terms(0).said and not _differs(whole, mean):
+            return False
+        return not _differs(whole, [_gradient(one, [*range(1, count), 0])])  # else rows are no examples
+
+
+def _gradient(one: Objective, index: Sequence[int]) -> Tensor:
+    """Of the sum over the terms of some rows of a batch, or of what a loss returns that gives a scalar alone."""
+    part = one.with_batches([take_rows(one.batches[0], torch.tensor(list(index)))])
+    gradient = part.parameters.join(torch.autograd.grad(part.terms(0).total, part.tensors, materialize_grads=True))
+    if not bool(torch.isfinite(gradient).all()):
+        raise CurvkitError("the gradient of so few rows is not finite")
+    return gradient
+
+
+def _differs(whole: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether a gradient is another one than the sum of others, by the size of the parts: they may cancel."""
+    size = norm(whole) + sum(norm(part) for part in parts)
+    return norm(whole - sum(parts, torch.zeros_like(whole))) > COUPLED * size
+
+
 def _adds_up(whole: Objective, tolerance: float) -> bool:
     """Whether the total of a batch is that of its halves; of each half apart if the whole does not fit the memory."""
     halves = whole.cut(2)[0]
     try:
-        with whole.measuring(), torch.no_grad():
-            total = whole.terms(0).total.item()
-            parts = math.fsum(halves.terms(index).total.item() for index in range(len(halves.batches)))
+        with whole.measuring():
+            total = whole.numbers(0)[0]
+            parts = math.fsum(halves.numbers(index)[0] for index in range(len(halves.batches)))
         return abs(total - parts) <= tolerance * max(abs(total), abs(parts))
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):

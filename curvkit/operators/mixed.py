@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from torch import Tensor
 
 from curvkit.errors import UnsupportedModel
 from curvkit.losses import LossTerms
 from curvkit.objectives import Objective
+from curvkit.objectives.autocast import autocast_as_written
 from curvkit.operators.batchwise import BatchwiseOperator
 from curvkit.operators.graph import GradientGraph
 from curvkit.operators.plan import Plan, Residency
 
 
 class MixedGraph(GradientGraph):
-    """The gradient of a batch's total, whose forward pass ran under autocast to bfloat16."""
+    """The gradient of a batch's total, whose forward pass ran under autocast to bfloat16; regions that the model opens count, too."""
 
     rule: ClassVar[str] = "reverse over reverse in bfloat16"
 
@@ -32,6 +35,36 @@ class MixedGraph(GradientGraph):
         """
         with torch.autocast(objective.device.type, dtype=torch.bfloat16):
             return objective.terms(index)
+
+    @classmethod
+    def build(cls, objective: Objective, index: int, *, number: int | None = None) -> Self:
+        """As `GradientGraph.build`; what activation checkpointing repeats is repeated in the same precision.
+
+        Args:
+            objective: Model, loss and data.
+            index: Which batch.
+            number: What messages call it, if it is a part of a batch.
+
+        Returns:
+            The graph.
+        """
+        with autocast_as_written():
+            return super().build(objective, index, number=number)
+
+    @classmethod
+    def product(cls, graphs: Sequence[Any], pieces: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
+        """As `GradientGraph.product`; what activation checkpointing repeats is repeated in the same precision.
+
+        Args:
+            graphs: Of the same parameters.
+            pieces: v, parameter-shaped.
+            keep: Whether the graphs are needed again.
+
+        Returns:
+            Parameter-shaped pieces of H v; None for zero.
+        """
+        with autocast_as_written():
+            return super().product(graphs, pieces, keep=keep)
 
 
 class MixedHessian(BatchwiseOperator):

@@ -45,15 +45,28 @@ class Moving:
 
         Cost: one gradient of the batch.
         """
-        it = self.objective.with_batches([batch])
-        with torch.no_grad():
-            for tensor, piece in zip(it.tensors, it.parameters.split(theta), strict=True):
-                tensor.copy_(piece)
+        it = self._at(batch, theta)
         with it.measuring():
             total = it.terms(0).total
             if not total.requires_grad:
                 return torch.zeros_like(theta)
             return it.parameters.join(torch.autograd.grad(total, it.tensors, materialize_grads=True)).detach()
+
+    def value(self, batch: Batch, theta: Tensor) -> float:
+        """A batch's total at a point.
+
+        Args:
+            batch: One batch.
+            theta: [n].
+
+        Returns:
+            The sum over its terms.
+
+        Cost: one forward pass of the batch.
+        """
+        it = self._at(batch, theta)
+        with it.measuring():
+            return it.numbers(0)[0]
 
     def quotient(self, batch: Batch, v: Tensor, h: float) -> Tensor:
         """The central difference of gradients, (g(theta + h v) - g(theta - h v)) / 2h.
@@ -69,3 +82,10 @@ class Moving:
         Cost: two gradients of the batch.
         """
         return (self.gradient(batch, self.theta + h * v) - self.gradient(batch, self.theta - h * v)) / (2 * h)
+
+    def _at(self, batch: Batch, theta: Tensor) -> Objective:
+        it = self.objective.with_batches([batch])
+        with torch.no_grad():
+            for tensor, piece in zip(it.tensors, it.parameters.split(theta), strict=True):
+                tensor.copy_(piece)
+        return it

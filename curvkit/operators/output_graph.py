@@ -82,6 +82,16 @@ class OutputGraph(BatchGraph):
         linearization = Linearization(outputs, u, transposed, curvature)
         return cls(parameters, gradient, total, terms.weight, terms.count, linearization)
 
+    def roots(self) -> list[Tensor]:
+        """The tensors by which the graphs can be reached.
+
+        Returns:
+            The outputs and J'u.
+        """
+        if self.linearization is None:
+            return []
+        return [self.linearization.outputs, *(piece for piece in self.linearization.transposed if piece is not None)]
+
     @classmethod
     def product(cls, graphs: Sequence[Self], pieces: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
         """Multiply the sum of the graphs' Gauss-Newton matrices with a vector.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -174,6 +175,9 @@ def saved_bytes(objective: Objective, *, gradient: bool, kind: type[BatchGraph] 
 
     Returns:
         Bytes of distinct storages.
+
+    Raises:
+        RuntimeError: What the model raises.
     """
     own = {t.untyped_storage().data_ptr() for t in objective.model.parameters()}
     own |= {t.untyped_storage().data_ptr() for t in tensors(objective.batches[0])}
@@ -187,14 +191,38 @@ def saved_bytes(objective: Objective, *, gradient: bool, kind: type[BatchGraph] 
             alive.append(tensor.detach())
         return tensor.detach()  # the tensor itself would make a reference cycle
 
-    with objective.measuring(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        if not gradient:
-            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-                objective.terms(0)
-            return sum(seen.values())
-        with FoldBatchNorm(objective.model):
-            kind.build(objective, 0)
+    def run() -> list[Tensor]:
+        if gradient:
+            with FoldBatchNorm(objective.model):
+                return kind.build(objective, 0).roots()
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return [objective.terms(0).total]
+
+    with objective.measuring():
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                run()
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            for tensor in _saved(run()):  # transforms of torch.func take no hooks
+                pack(tensor)
     return sum(seen.values())
+
+
+def _saved(roots: list[Tensor]) -> Iterator[Tensor]:
+    """What the nodes of a graph say that they keep: less than hooks see, since a node written in C++ may not say all."""
+    seen, stack = set[Any](), [root.grad_fn for root in roots]
+    while stack:
+        node: Any = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [before for before, _ in node.next_functions]
+        for name in dir(node):
+            if name.startswith("_saved_") or name == "saved_tensors":
+                kept = getattr(node, name)
+                yield from (each for each in (kept if isinstance(kept, tuple) else (kept,)) if isinstance(each, Tensor))
 
 
 def first_rows(

@@ -85,6 +85,11 @@ class Preconditioned:
         return self._operator.matmat(V * self._scale[:, None]) * self._scale[:, None]
 
     def _inverse_root(self, diagonal: Tensor) -> Tensor:
+        if not isinstance(diagonal, Tensor):
+            raise InvalidArgument(
+                f"Preconditioned: diagonal={type(diagonal).__name__} is no tensor; it must be [{self.n}], {self.dtype} on {self.device}. "
+                "Convert it with torch.as_tensor(...).to(operator.device, operator.dtype)."
+            )
         if diagonal.shape != (self.n,) or diagonal.dtype != self.dtype or diagonal.device != self.device:
             raise InvalidArgument(
                 f"Preconditioned: a diagonal of shape {tuple(diagonal.shape)}, {diagonal.dtype} on {diagonal.device} was given; it must be "

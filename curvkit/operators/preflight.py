@@ -17,9 +17,10 @@ from curvkit.errors import CurvkitError, UnsupportedModel
 from curvkit.linalg.basis import dot, norm
 from curvkit.losses.batches import rows, take_rows
 from curvkit.objectives import Objective
-from curvkit.operators.graph import GradientGraph
+from curvkit.operators.graph import GradientGraph, refuse_reentrant
 from curvkit.operators.moving import Moving
-from curvkit.operators.support import Suspect, padding_rows, suspects
+from curvkit.operators.slopes import estimated
+from curvkit.operators.support import LOW_PRECISION, Suspect, padding_rows, suspects
 
 Verdict = Literal["right", "wrong", "not checked"]
 TINY = torch.finfo(torch.float64).tiny
@@ -69,6 +70,12 @@ class Preflight:
     """Precision of the probes: float64 where the model runs in it."""
     suspects: tuple[Suspect, ...] = ()
     """What is known to go wrong, by module; empty where the verdict is "right"."""
+    disagreeing: tuple[str, ...] = ()
+    """Parameters whose part of H v is off, the worst first; empty where the verdict is "right"."""
+    estimated: tuple[str, ...] = ()
+    """Parameters whose gradient is not the derivative of the loss; looked for where the verdict is "wrong"."""
+    reason: str = ""
+    """Why there are no differences to compare with, if there are none."""
     fixed: tuple[tuple[str, int], ...] = ()
     """Rows of embeddings that have no gradient (padding_idx): the Hessian is that of a function in which they are constants."""
 
@@ -104,7 +111,9 @@ class Preflight:
                 f"second derivatives agree with differences of gradients to {max(self.mismatch, 0.0):.0e} on a few rows"
             )
         if self.verdict == "wrong":
-            return f"second derivatives are wrong: {self._evidence()}{self._named()}"
+            return f"second derivatives are wrong: {self._evidence()}{self._where()}{self._named()}"
+        if self.reason:
+            return f"second derivatives not checked: {self.reason}"
         return (
             f"second derivatives not checked: the difference of gradients is off by {self.mismatch:.0e} at the best step and by more at "
             "smaller ones, as with kinks (ReLU, max-pool) near the point or a cast to lower precision inside the model"
@@ -117,10 +126,35 @@ class Preflight:
             return f"they are not symmetric ({self.asymmetry:.0e})"
         return f"differences of gradients are off by {self.mismatch:.0e} or more at every step"
 
+    def _where(self) -> str:
+        return f", most for {_listed(self.disagreeing)}" if self.disagreeing else ""
+
     def _named(self) -> str:
-        if not self.suspects:
-            return "; no known construct was found, so look for a custom autograd function that saves or returns detached tensors"
-        return "; " + "; ".join(f"{s.where}: {s.construct.name}, {s.construct.remedy}" for s in self.suspects[:3])
+        found = self.suspects[:3]
+        if not self.estimated:
+            if not found:
+                return (
+                    "; no known construct was found, so look for a custom autograd function that saves or returns detached tensors, or a "
+                    "hook on a tensor that detaches its gradient"
+                )
+            return "; " + "; ".join(f"{s.where}: {s.construct.name}, {s.construct.remedy}" for s in found)
+        known = "; ".join(
+            f"{s.where}: {s.construct.name}, {s.construct.remedy}"
+            if s.construct.name == LOW_PRECISION
+            else f"{s.where} may be the cause"
+            for s in found
+        )
+        return (
+            f"; the gradient itself is not the derivative of the loss for {_listed(self.estimated)}, as behind detach(), no_grad, a "
+            "rounding with a straight-through gradient, a hook that scales gradients or scale_grad_by_freq. A field that is no "
+            "gradient has no Hessian, whatever the rule: remove that, or, where these parameters are meant as constants, leave them out by "
+            f"patterns or requires_grad_(False){'; ' + known if known else ''}"
+        )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    shown = ", ".join(map(repr, names[:3]))
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def preflight(objective: Objective) -> Preflight:
@@ -163,13 +197,18 @@ def preflight(objective: Objective) -> Preflight:
         w /= norm(w)
     Hu, Hv, again = _products(probe, (u, v, v))
     size = max(norm(Hu), norm(Hv))
-    mismatches = _mismatches(probe, v, Hv)
+    moving, mismatches, disagreeing, reason = None, dict[float, float](), (), ""
+    try:
+        moving = Moving(probe)
+        mismatches, disagreeing = _mismatches(moving, v, Hv)
+    except CurvkitError as error:  # of the copy whose parameters are moved; the model itself has just been run
+        reason = str(error)
     if size == 0.0:  # a loss that is linear in the parameters, unless the differences say otherwise
         repeatability = asymmetry = 0.0
     else:
         repeatability, asymmetry = norm(Hv - again) / size, abs(dot(u, Hv) - dot(v, Hu)) / size
-    limits = IN_DOUBLE if dtype == torch.float64 else IN_SINGLE
-    agrees = min(mismatches.values()) <= limits.agrees
+    limits = _limits(probe)
+    agrees = min(mismatches.values(), default=math.inf) <= limits.agrees
     consistent = repeatability <= limits.repeated and asymmetry <= limits.asymmetric
     wrong = not consistent or (not agrees and _plateau([*mismatches.values()], limits.agrees))
     verdict: Verdict = "wrong" if wrong else "right" if agrees else "not checked"
@@ -179,8 +218,11 @@ def preflight(objective: Objective) -> Preflight:
         asymmetry,
         mismatches,
         str(dtype).removeprefix("torch."),
-        () if verdict == "right" else suspects(probe),
-        fixed,
+        suspects=() if verdict == "right" else suspects(probe),
+        disagreeing=() if verdict == "right" else disagreeing,
+        estimated=estimated(moving, v) if verdict == "wrong" and moving is not None else (),
+        reason=reason,
+        fixed=fixed,
     )
 
 
@@ -254,6 +296,7 @@ def _explained() -> Generator[None]:
         modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
         if not isinstance(error, NotImplementedError) and "torch.autograd.graph" not in modules:
             raise  # not in a backward pass
+        refuse_reentrant("preflight", error)
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(
             f"preflight: the model or its loss cannot be differentiated twice ({reason}). Replace that operation, or measure by "
@@ -265,24 +308,32 @@ def _filled(pieces: list[Tensor | None], probe: Objective) -> list[Tensor]:
     return [torch.zeros_like(p) if piece is None else piece for piece, p in zip(pieces, probe.tensors, strict=True)]
 
 
-def _mismatches(probe: Objective, v: Tensor, Hv: Tensor) -> dict[float, float]:
-    """The difference quotient at each step against H v, until one agrees."""
-    moving, found = Moving(probe), dict[float, float]()
-    limits = IN_DOUBLE if probe.dtype == torch.float64 else IN_SINGLE
+def _mismatches(moving: Moving, v: Tensor, Hv: Tensor) -> tuple[dict[float, float], tuple[str, ...]]:
+    """The difference quotient at each step against H v, until one agrees; and the parameters that disagree at the best one."""
+    probe, found = moving.objective, dict[float, float]()
+    limits, disagreeing = _limits(probe), ()
     for step in limits.steps:
-        found[step] = _mismatch(probe, moving.quotient(probe.batches[0], v, step * moving.scale), Hv)
+        shares = _shares(probe, moving.quotient(probe.batches[0], v, step * moving.scale), Hv)
+        best = min(found.values(), default=math.inf)
+        found[step] = max(shares.values(), default=0.0)
+        if found[step] < best:
+            off = {name: share for name, share in shares.items() if share > limits.agrees}
+            disagreeing = tuple(sorted(off, key=off.__getitem__, reverse=True))
         if found[step] <= limits.agrees:
             break
-    return found
+    return found, disagreeing
 
 
-def _mismatch(probe: Objective, quotient: Tensor, Hv: Tensor) -> float:
-    """The largest difference over the parameters relative to H v, so that one wrong layer shows in a large model."""
+def _limits(probe: Objective) -> Limits:
+    return IN_DOUBLE if probe.dtype == torch.float64 else IN_SINGLE
+
+
+def _shares(probe: Objective, quotient: Tensor, Hv: Tensor) -> dict[str, float]:
+    """The difference of each parameter relative to H v, so that one wrong layer shows in a large model."""
     # not relative to the quotient: where that is large because of kinks, the ratio would come out as 1 at every step
     size = norm(Hv) or norm(quotient)
-    pairs = zip(probe.parameters.split(quotient), probe.parameters.split(Hv), strict=True)
-    shares = [norm((q - h).flatten()) / max(norm(h.flatten()), FLOOR * size, TINY) for q, h in pairs]
-    return max(shares, default=0.0)
+    pairs = zip(probe.parameters.names, probe.parameters.split(quotient), probe.parameters.split(Hv), strict=True)
+    return {name: norm((q - h).flatten()) / max(norm(h.flatten()), FLOOR * size, TINY) for name, q, h in pairs}
 
 
 def _plateau(mismatches: list[float], agrees: float) -> bool:

@@ -30,19 +30,31 @@ def refuse_doubtful_loss(matrix: str, objective: Objective) -> None:
     Cost: three forward passes of the first batch.
     """
     loss, eps = objective.loss, torch.finfo(objective.dtype).eps
-    with torch.no_grad():
-        first, second = objective.terms(0), objective.terms(0).total.item()
-        if differ(first.total.item(), second, REPEATED * eps):
-            refuse_random(matrix, 0)
-        if not isinstance(loss, KnownLoss) or (loss.reduction == "mean" and not first.weight > 0.0):
-            return
-        expected = first.total.item() / (first.weight if loss.reduction == "mean" else 1.0)
+    value, weight = objective.numbers(0)
+    if differ(value, objective.numbers(0)[0], REPEATED * eps):
+        refuse_random(matrix, 0)
+    if not isinstance(loss, KnownLoss) or (loss.reduction == "mean" and not weight > 0.0):
+        return
+    expected = value / (weight if loss.reduction == "mean" else 1.0)
+    with torch.set_grad_enabled(objective.needs_graph):
         own = loss.own_value(objective.model, objective.batches[0])
-    if differ(expected, own, AVERAGED * eps):
+    if not differ(expected, own, AVERAGED * eps):
+        return
+    dtype = objective.outputs(0)[0].dtype
+    if dtype.itemsize < objective.dtype.itemsize:
         raise UnsupportedModel(
-            f"{matrix}: {loss.name} returns {own:.8g} on the first batch, but its terms add up to {expected:.8g}: this version of torch "
-            "averages it in another way than curvkit knows. Return (sum, count) from a curvkit.BatchLoss instead."
+            f"{matrix}: the model returns {_named(dtype)} though its parameters are {_named(objective.dtype)}, so that {loss.name} is "
+            f"rounded to {torch.finfo(dtype).eps:.0e} of itself: its mean is {own:.8g} on the first batch, its terms add up to "
+            f"{expected:.8g}. Remove the cast inside the model; where only the outputs are cast, return outputs.float()."
         )
+    raise UnsupportedModel(
+        f"{matrix}: {loss.name} returns {own:.8g} on the first batch, but its terms add up to {expected:.8g}: this version of torch "
+        "averages it in another way than curvkit knows. Return (sum, count) from a curvkit.BatchLoss instead."
+    )
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def differ(a: float, b: float, tolerance: float) -> bool:

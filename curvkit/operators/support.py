@@ -34,6 +34,7 @@ class Construct:
     """Names of autograd nodes that give it away; a prefix."""
 
 
+LOW_PRECISION = "cast to bfloat16 or float16 inside the model"
 SUPPORT: Mapping[str, Construct] = {
     row.name: row
     for row in (
@@ -78,6 +79,13 @@ SUPPORT: Mapping[str, Construct] = {
             "handled",
             "right",
             "g v / norm(v) is written out while measuring, because torch's own second derivative of it is wrong",
+        ),
+        Construct(
+            "torch._weight_norm, called by hand",
+            "wrong",
+            "refused",
+            "right",
+            "torch's own second derivative of it is wrong: use torch.nn.utils.parametrizations.weight_norm, or write g v / norm(v)",
             nodes=("WeightNormInterfaceBackward",),
         ),
         Construct(
@@ -116,6 +124,14 @@ SUPPORT: Mapping[str, Construct] = {
             "right",
             "right",
             "its backward pass is differentiated like any code",
+        ),
+        Construct(
+            LOW_PRECISION,
+            "wrong",
+            "refused",
+            "refused",
+            "what is rounded has steps in place of a slope: remove the cast while measuring, or leave the parameters before it out by "
+            "patterns; regions of autocast need no change, they are switched off",
         ),
         Construct("checkpoint, non-reentrant", "right", "right", "right", "nothing to do"),
         Construct(
@@ -223,6 +239,8 @@ def suspects(objective: Objective) -> tuple[Suspect, ...]:
                 f"{where}, the function {kind.__name__.removesuffix('Backward')}",
             )
             known = _custom(kind, name)
+        if known is None and _low_precision(node):
+            known = SUPPORT[LOW_PRECISION]
         if known is not None:
             found.setdefault((known.name, where), Suspect(known, where))
     return tuple(found.values())
@@ -256,21 +274,35 @@ def _custom(kind: Any, name: str) -> Construct:
     return SUPPORT["once_differentiable function" if once else "function that saves detached tensors"]
 
 
+def _low_precision(node: Any) -> bool:
+    """Whether what a node made in the forward pass has less than 32 bits."""
+    made = next(iter(getattr(node, "_input_metadata", ())), None)
+    return made is not None and made.dtype.is_floating_point and made.dtype.itemsize < 4
+
+
 def _nodes(objective: Objective) -> Iterator[tuple[str, Any]]:
     """Each autograd node of the loss once, with the innermost module whose forward pass made it."""
     seen: dict[Any, str] = {}
     names = {module: name for name, module in objective.model.named_modules()}
+    inside: list[str] = []
+    """The modules whose forward pass is running, the innermost last."""
 
-    def note(module: nn.Module, _: Any, output: Any) -> None:
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for tensor in _tensors((args, kwargs)):  # what the caller computed for it is the caller's
+            _walk(tensor.grad_fn, inside[-1] if inside else "the loss", seen)
         name = names[module]
-        where = f"module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+        inside.append(f"module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})")
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        where = inside.pop()
         for tensor in _tensors(output):
             _walk(tensor.grad_fn, where, seen)
 
     with contextlib.ExitStack() as stack:
         for module in names:
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
-                stack.callback(module.register_forward_hook(note).remove)
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
         with objective.measuring():
             total = objective.terms(0).total
             _walk(total.grad_fn, "the loss", seen)
