@@ -51,7 +51,17 @@ def plain(result: Trace, title: str, by: str) -> str:
         numbers = (str(share.parameters), repr(share.value), repr(share.stderr), part, repr(share.mean))
         lines.append([share.name, share.kind, *numbers])
     found, count = result.estimate, str(result.definition.parameters)
-    lines.append(["total", "", count, repr(found.value), repr(found.stderr), "1.0", repr(result.mean)])
+    lines.append(
+        [
+            "total",
+            "",
+            count,
+            repr(found.value),
+            repr(found.stderr),
+            "1.0" if math.isfinite(found.value) else "-",
+            repr(result.mean),
+        ]
+    )
     lines += [["low", repr(found.low)], ["high", repr(found.high)]]
     return tab_separated([*lines, *map(list, (("checkpoint", title), *remarks(result)))])
 
@@ -67,7 +77,7 @@ def remarks(result: Trace) -> list[tuple[str, str]]:
         ("at", f"loss {result.loss:.6g} · gradient norm {result.gradient_norm:.3g}"),
         *derivatives(result.preflight),
         ("method", _method(result)),
-        ("cost", f"{counted(result.products, 'product')} · {duration(result.seconds)}"),
+        ("cost", f"{_cost(result)} · {duration(result.seconds)}"),
         ("engine", f"{result.plan} · seed {result.seed}"),
         *cross_checking.remarks(result.cross_check),
     ]
@@ -79,6 +89,17 @@ def remarks(result: Trace) -> list[tuple[str, str]]:
     if result.unused:
         made.append(("note", f"the loss does not depend on {listed(result.unused)}: zero curvature there"))
     return made
+
+
+def _cost(result: Trace) -> str:
+    """Products of the estimate, and those that checked others."""
+    found = result.estimate
+    checks = result.products - found.products
+    if found.products == 0 and found.exact:
+        return (
+            "the gradient of every example for every output; a few products on four examples checked that it is right"
+        )
+    return counted(found.products, "product") + (f" + {checks} that check symmetry and rounding" if checks else "")
 
 
 def _rows(result: Trace, by: str) -> tuple[TraceShare, ...]:
@@ -108,14 +129,18 @@ def _error(stderr: float) -> str:
 
 def _interval(result: Trace) -> str:
     found = result.estimate
+    if found.exact and found.rounding is None:
+        return "none: every diagonal entry was computed, what is left is rounding, which was not measured"
     if found.exact:
-        return "none: every diagonal entry was computed, what is left is rounding"
+        return f"every diagonal entry was computed; rounding puts the sum off by ± {found.rounding:.2g} at most, about"
     if not math.isfinite(found.half_width):
-        return "nothing is known with fewer than two probes"
+        whole = "the method has not come to a value" if found.method == "exact" else "there are fewer than two probes"
+        return f"nothing is known yet: {whole}"
     low, high = digits(found.low, found.half_width), digits(found.high, found.half_width)
     relative = f", ± {found.half_width / abs(found.value):.2g} of the value" if found.value else ""
     few = "" if found.probes >= 30 else f"; {found.probes} probes are few for that, 30 are the least that count"
-    return f"[{low}, {high}] holds the trace for this data with probability {found.confidence:.0%} over the probes{relative}{few}"
+    known = "" if found.rounding is None else f", ± {found.rounding:.1g} for rounding included"
+    return f"[{low}, {high}] holds the trace for this data with probability {found.confidence:.0%} over the probes{relative}{known}{few}"
 
 
 def _method(result: Trace) -> str:

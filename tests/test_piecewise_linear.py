@@ -145,7 +145,8 @@ def test_exact_trace_and_shares(name: str):
 
 @pytest.mark.parametrize("name", NOT_AFFINE)
 def test_what_is_not_known_to_be_affine_is_not_used(name: str):
-    _, objective = built(NOT_AFFINE[name])
+    model, _ = built(NOT_AFFINE[name])
+    objective = Objective(model, F.cross_entropy, [examples(torch.float64)])  # one batch: some couple its rows
     assert not is_affine_in_each_entry(objective)
     found = trace(objective, seed=0, tolerance=0.3, settings=TraceSettings(preflight=False))
     assert "piecewise" not in found.estimate.reason
@@ -246,7 +247,7 @@ def test_the_cheaper_way_is_taken():
     assert not trace(made, seed=0).estimate.exact
     within = trace(made, seed=0, method="exact", max_products=300)
     assert within.estimate.reason == "as asked"
-    assert (within.products, within.value) == (229, pytest.approx(expected, rel=1e-11))
+    assert (within.estimate.products, within.value) == (229, pytest.approx(expected, rel=1e-11))
 
 
 def test_time_is_kept():
@@ -341,3 +342,49 @@ def test_diagonals_that_differ_stop_it(monkeypatch: pytest.MonkeyPatch):
     _, objective = built(NOT_AFFINE["tanh"])
     monkeypatch.setattr(piecewise_linear, "is_affine_in_each_entry", lambda objective: True)
     assert not piecewise_linear.applies(objective, 0)
+
+
+class Checking(nn.Module):
+    """A piecewise linear network with a line that vmap does not run, or not on one example."""
+
+    def __init__(self, check: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 40), nn.Linear(40, 3)
+        self._check = check
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        return self.b(torch.relu(self.a(x)))
+
+
+def asserts(x: Tensor) -> None:
+    assert torch.isfinite(x).all()
+
+
+def asserts_many(x: Tensor) -> None:
+    assert len(x) > 1
+
+
+@pytest.mark.parametrize(
+    ("check", "shown"),
+    [
+        (asserts, True),
+        (asserts_many, False),  # the examples are not shown to be independent
+        (lambda x: x.detach().numpy(), True),
+        (lambda x: 0 if x.abs().max() > 1e6 else 1, True),
+    ],
+)
+def test_a_model_that_does_not_run_one_example_at_a_time_is_sampled(check: Callable[[Tensor], Any], shown: bool):
+    """Rung 2; the note says what happened wherever it was shown to be piecewise linear."""
+    with seeded(0):
+        model = Checking(check).double()
+    x, y = examples(torch.float64)
+    found = trace(Objective(model, F.cross_entropy, [(x, y)]), seed=0)
+    assert abs(found.value - truth(model).trace().item()) <= 5 * found.estimate.stderr + 1e-12
+    said = [
+        note
+        for note in found.notes
+        if "the structure of the network, which is piecewise linear, could not be used" in note
+    ]
+    assert found.estimate.method != "exact" or "piecewise" not in found.estimate.reason
+    assert len(said) == shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from curvkit.measures import (
     TraceSettings,
     forecast_sharpness,
     forecast_trace,
+    piecewise_linear,
     sharpness,
     trace,
 )
@@ -169,13 +171,35 @@ def test_forecast_of_sharpness(objective: Objective):
 
 def test_forecast_of_a_trace(objective: Objective):
     found = forecast_trace(objective)
-    assert found.products == trace(objective, seed=0).products == N  # done exactly
+    assert found.products == trace(objective, seed=0).estimate.products == N  # done exactly
     sampled = forecast_trace(objective, TraceSettings(linalg_trace.Settings(method="hutchinson", max_products=60)))
     assert (sampled.products, sampled.basis_rows) == (60, 60)
     half = TraceSettings(memory_bytes=20 * N * 4, residency="streamed")
     assert (forecast_trace(objective, half).plan.basis_rows, forecast_trace(objective, half).basis_rows) == (10, 10)
     with pytest.raises(InvalidArgument, match="trace: memory_bytes=100 is too little"):
         forecast_trace(objective, TraceSettings(memory_bytes=100))
+
+
+def test_a_forecast_of_a_trace_is_that_of_its_run():
+    """What the run refuses the plan refuses with the same words; a structure that serves costs what is predicted of it."""
+    x, y = torch.rand(40, 6), torch.arange(40) % 3
+    for activation, options in (
+        (torch.nn.Tanh, {"method": "exact"}),
+        (torch.nn.Tanh, {"method": "deflated", "rank": 1000}),
+    ):
+        layers = (torch.nn.Linear(6, 58), activation(), torch.nn.Linear(58, 3))  # n = 583
+        it = Objective(torch.nn.Sequential(*layers), torch.nn.functional.cross_entropy, [(x, y)])
+        settings = TraceSettings(linalg_trace.Settings(**options))  # pyright: ignore
+        with pytest.raises(InvalidArgument) as run_says:
+            trace(it, settings=settings, seed=0)
+        with pytest.raises(InvalidArgument) as plan_says:
+            forecast_trace(it, settings)
+        assert str(plan_says.value) == str(run_says.value)
+    layers = (torch.nn.Linear(6, 58), torch.nn.ReLU(), torch.nn.Linear(58, 3))
+    it = Objective(torch.nn.Sequential(*layers), torch.nn.functional.cross_entropy, [(x, y)])
+    found = forecast_trace(it, TraceSettings(linalg_trace.Settings(method="exact")))
+    assert found.products == math.ceil(piecewise_linear.predicted_products(it)) < 583
+    assert trace(it, method="exact", seed=0).estimate.exact
 
 
 def test_seconds_are_of_the_right_order(objective: Objective):

@@ -435,8 +435,12 @@ def test_auto_names_its_reason():
         ({"max_seconds": 0.0}, "max_seconds=0.0 must be positive, or None for no limit"),
         ({"method": "exact", "max_products": 9}, "method='exact' takes 10 products, max_products=9 allows fewer"),
         ({"method": "deflated", "rank": 10}, "method='deflated' with rank=10 does not fit: order 10"),
-        ({"method": "hutch++", "rank": 5, "max_products": 10}, "A subspace of rank r takes 2 r products"),
-        ({"method": "deflated", "max_rows": 4}, "4 vectors in memory"),
+        ({"method": "hutch++", "rank": 5, "max_products": 10}, "of rank r takes 2 r products and one for a probe"),
+        (
+            {"method": "deflated", "max_rows": 4},
+            "with a subspace does not fit: order 10, max_products=500, 4 vectors in memory",
+        ),
+        ({"method": "deflated", "rank": 1000}, "r must be below the order. Ask for 9 at most, or use 'hutchinson'."),
     ],
 )
 def test_settings_that_do_not_fit(options: dict[str, Any], text: str):

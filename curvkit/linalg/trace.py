@@ -17,12 +17,14 @@ from torch import Tensor
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
 from curvkit.linalg import deflation, hutchinson, hutchpp, student, xtrace
-from curvkit.linalg.hutchinson import Draws, Samples, refuse_not_finite
+from curvkit.linalg.certificate import AS_COMPUTED, OtherArithmetic
+from curvkit.linalg.hutchinson import Draws, Samples, probe, refuse_not_finite
 from curvkit.linalg.maps import LinearMap
+from curvkit.linalg.trace_check import PROBES, Witness
 from curvkit.linalg.trace_settings import LEFT_OUT, RANK, Method, Settings
 from curvkit.results.trace_estimate import TraceEstimate, TraceParts
 
-__all__ = ["Method", "Settings", "estimate", "search"]
+__all__ = ["Method", "Settings", "estimate", "refuse_unfit", "search"]
 
 SMALL = 2 * student.LEAST
 """Up to this order n products are never many more than probes would take."""
@@ -32,6 +34,8 @@ WORTH = 90
 """From so many predicted probes on a subspace is worth its products; the first 30 probes count after it, too."""
 FEW = 120
 """Up to this order all basis vectors are preferred to a subspace."""
+MOST = 10**9
+"""More probes than this are not told apart."""
 Told = tuple[Draws, str, str]
 """What is known, by which method, and why that one."""
 
@@ -43,12 +47,18 @@ def search(
     lengths: Sequence[int] | None = None,
     seed: int | None = None,
     start: Tensor | None = None,
+    other: OtherArithmetic = AS_COMPUTED,
 ) -> Iterator[TraceEstimate]:
     """Estimate tr A until its interval is narrow enough.
 
-    The interval is the estimate ± `student.half_width`. It is looked at after 30 probes and then each time their number has grown by
-    a quarter, and at the end of the budget; at those looks alone an estimate is called converged, if the half-width is at most
-    max(tolerance |value|, absolute_tolerance).
+    The interval is the estimate ± `student.half_width`, and what rounding adds to it. It is looked at after 30 probes and then each time
+    their number has grown by a quarter, and at the end of the budget; at those looks alone an estimate is called converged, if the
+    half-width is at most max(tolerance |value|, absolute_tolerance). If rounding alone is more than that, sampling ends where the doubt
+    from the probes is no larger than rounding, and nothing is called converged.
+
+    The products of three probes are held against one another and against `other`: `check` says how far they are from those of a symmetric
+    matrix, and what their rounding does to the trace. The methods "exact", "hutch++" and "xtrace" make these products for that alone,
+    beside their budget.
 
     Args:
         A: Symmetric, of order n.
@@ -56,6 +66,7 @@ def search(
         lengths: Coordinates of consecutive parts whose shares are wanted, n in all; None: one part.
         seed: Of every draw; None draws one.
         start: [n], a direction rich in eigenvectors of large eigenvalues, for the subspace of "deflated"; it must not depend on the probes.
+        other: The same matrix by other arithmetic, to see rounding.
 
     Yields:
         Partial results, and last the one at which the rule or the budget stopped.
@@ -66,18 +77,29 @@ def search(
     """
     settings, began, before, rank = settings or Settings(), time.monotonic(), 0, 0
     lengths = (A.n,) if lengths is None else tuple(lengths)
-    _check_fit(A, settings, lengths, start)
-    for draws, method, reason in _told(A, settings, lengths, seeds.settle(seed), start):
-        last = draws.exact or draws.products + draws.step > settings.max_products
-        last = last or (settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds)
+    _check_parts(A, lengths, start)
+    refuse_unfit(settings, A.n)
+    watched, seed = Witness(A), seeds.settle(seed)
+    apart = settings.method in ("exact", "hutch++", "xtrace") or _all_at_once(settings, A.n)
+    for index in range(PROBES if apart else 0):
+        refuse_not_finite(watched.matvec(probe(A, seed, index)).double().sum(), f"with probe {index + 1}")
+    if apart:  # now, before products with basis vectors, whose errors may be large relative to them
+        watched.look(other, beside=PROBES)
+    for draws, method, reason in _told(watched, settings, lengths, seed, start):
+        late = settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds
+        if watched.ready and not late:
+            watched.look(other, beside=0)
+        last = late or draws.exact or draws.products + draws.step > settings.max_products
         last = last or (method == "xtrace" and (draws.probes == A.n or _full(settings, draws.probes)))
-        found = _estimate(draws, settings, method, reason)
+        found = _estimate(draws, settings, method, reason, watched)
         before, rank = (before if draws.rank == rank or method == "xtrace" else 0), draws.rank
         due = draws.exact or (draws.probes >= student.LEAST and (last or student.is_due(draws.probes, before)))
         before = draws.probes
         found = replace(found, converged=due and found.half_width <= found.allowed)
         yield found
-        if last or found.converged:
+        rounding = found.rounding or 0.0
+        hopeless = due and found.half_width - rounding <= rounding > found.allowed
+        if last or found.converged or hopeless:
             return
 
 
@@ -110,9 +132,7 @@ def estimate(A: LinearMap, *, seed: int | None = None, **options: Any) -> TraceE
     return last
 
 
-def _told(
-    A: LinearMap, settings: Settings, lengths: tuple[int, ...], seed: int, start: Tensor | None
-) -> Iterator[Told]:
+def _told(A: Witness, settings: Settings, lengths: tuple[int, ...], seed: int, start: Tensor | None) -> Iterator[Told]:
     """Run the method that was asked for, or choose."""
     method = settings.method
     if method == "auto":
@@ -125,7 +145,10 @@ def _told(
         steps = hutchinson.steps(A, lengths=lengths, seed=seed, block_size=size, most=most)
     elif method == "deflated":
         rank = settings.affordable_rank(A.n, per_dimension=1)
-        steps = deflation.deflated_steps(A, rank=rank, lengths=lengths, seed=seed, start=start)
+        samples, first = Samples(lengths), min(PROBES, settings.max_products - rank)  # before the subspace takes memory
+        for draws in hutchinson.steps(A, lengths=lengths, seed=seed, drawn=samples, most=first):
+            yield draws, method, "as asked"
+        steps = deflation.resumed(A, samples, rank=rank, seed=seed, start=start)
     elif method == "hutch++":
         steps = hutchpp.steps(A, rank=settings.affordable_rank(A.n, per_dimension=2), lengths=lengths, seed=seed)
     else:
@@ -134,11 +157,9 @@ def _told(
         yield draws, method, "as asked"
 
 
-def _auto(
-    A: LinearMap, settings: Settings, lengths: tuple[int, ...], seed: int, start: Tensor | None
-) -> Iterator[Told]:
+def _auto(A: Witness, settings: Settings, lengths: tuple[int, ...], seed: int, start: Tensor | None) -> Iterator[Told]:
     """Choose by cost: all basis vectors, probes alone, or probes after a subspace that makes use of the first probes."""
-    if A.n <= min(SMALL, settings.max_products):
+    if _all_at_once(settings, A.n):
         for draws in _exact(A, lengths):
             yield draws, "exact", f"{A.n} products give every diagonal entry"
         return
@@ -150,10 +171,10 @@ def _auto(
             samples.append(row)
         draws = samples.draws(products=samples.size, step=1)
         yield draws, "hutchinson", f"the first {pilot} probes, which show what is needed"
-    needed = _needed(draws, settings)
+    needed = _needed(draws, settings, A)
     rank = settings.affordable_rank(A.n, per_dimension=1, asked=max(RANK // 2, min(2 * RANK, needed // 5)))
     deflated = needed >= WORTH and A.n > FEW and 0 < rank < settings.max_products - pilot
-    predicted = f"{needed:,} probes were predicted"
+    predicted = f"{needed:,} probes were predicted" if needed < MOST else "no number of probes was predicted to suffice"
     if deflated:
         steps, method = deflation.resumed(A, samples, rank=rank, seed=seed, start=start), "deflated"
         predicted += " without a subspace"
@@ -173,26 +194,38 @@ def _auto(
     before, looking = 0, not deflated
     while True:
         if looking and student.is_due(draws.probes, before):  # every diagonal entry, if that has become the cheaper way
-            more = _needed(draws, settings) - draws.probes
+            more = _needed(draws, settings, A) - draws.probes
             if A.n <= min(more, settings.max_products - draws.products):
                 break
         before = draws.probes if looking else 0
         draws = next(steps)
         looking = looking or draws.rank > 0
         yield draws, method if draws.rank or not deflated else "hutchinson", predicted
-    reason = f"{more:,} more probes were predicted, {A.n:,} products give every diagonal entry"
+    ahead = (
+        f"{more:,} more probes were predicted"
+        if draws.probes + more < MOST
+        else "no number of probes was predicted to suffice"
+    )
+    reason = f"{ahead}, {A.n:,} products give every diagonal entry"
     for found in _exact(A, lengths):
         kept = found if found.exact else draws
         products = draws.products + found.products
         yield replace(kept, products=products, step=found.step), "exact" if found.exact else method, reason
 
 
-def _needed(draws: Draws, settings: Settings) -> int:
-    """Predict the probes that the tolerance takes; 10^9 where nothing is known of it."""
+def _needed(draws: Draws, settings: Settings, A: Witness) -> int:
+    """Predict the probes that the tolerance takes, or the rounding where that is more; `MOST` where nothing is known of it."""
     if draws.probes < 2:
-        return 10**9
-    allowed = _estimate(draws, settings, "", "").allowed
-    return student.probes_needed(draws.stderr * draws.probes**0.5, allowed)
+        return MOST
+    found = _estimate(draws, settings, "", "", A)
+    rounding = found.rounding or 0.0
+    room = found.allowed - rounding
+    return student.probes_needed(draws.stderr * draws.probes**0.5, room if room > 0.0 else rounding)
+
+
+def _all_at_once(settings: Settings, n: int) -> bool:
+    """Whether "auto" takes all basis vectors from the start."""
+    return settings.method == "auto" and n <= min(SMALL, settings.max_products)
 
 
 def _exact(A: LinearMap, lengths: Sequence[int]) -> Iterator[Draws]:
@@ -214,16 +247,17 @@ def _exact(A: LinearMap, lengths: Sequence[int]) -> Iterator[Draws]:
     yield Draws(known.sum().item(), 0.0, 0, A.n, 0, A.n, parts=TraceParts(tuple(lengths), known, none), exact=True)
 
 
-def _estimate(draws: Draws, settings: Settings, method: str, reason: str) -> TraceEstimate:
+def _estimate(draws: Draws, settings: Settings, method: str, reason: str, A: Witness) -> TraceEstimate:
     """Add the interval; not yet whether it is narrow enough."""
-    half = 0.0 if draws.exact else student.half_width(draws.stderr, draws.probes)
+    rounding = A.rounding(draws.value)
+    half = (rounding or 0.0) + (0.0 if draws.exact else student.half_width(draws.stderr, draws.probes))
     unknown = draws.value != draws.value
     return TraceEstimate(
         value=draws.value,
         stderr=draws.stderr,
         low=-float("inf") if unknown else draws.value - half,
         high=float("inf") if unknown else draws.value + half,
-        confidence=1.0 if draws.exact else student.CONFIDENCE,
+        confidence=1.0 if draws.exact and rounding is None else student.CONFIDENCE,
         probes=draws.probes,
         products=draws.products,
         method=method,
@@ -234,6 +268,8 @@ def _estimate(draws: Draws, settings: Settings, method: str, reason: str) -> Tra
         exact=draws.exact,
         rank=draws.rank,
         parts=draws.parts,
+        rounding=rounding,
+        check=A.check,
     )
 
 
@@ -242,7 +278,7 @@ def _full(settings: Settings, vectors: int) -> bool:
     return settings.max_rows is not None and 2 * (vectors + 1) + LEFT_OUT > settings.max_rows
 
 
-def _check_fit(A: LinearMap, settings: Settings, lengths: tuple[int, ...], start: Tensor | None) -> None:
+def _check_parts(A: LinearMap, lengths: tuple[int, ...], start: Tensor | None) -> None:
     if sum(lengths) != A.n or min(lengths, default=-1) < 0:
         raise InvalidArgument(
             f"trace: the parts have {sum(lengths)} coordinates, the matrix has order {A.n}. Pass lengths that add up to {A.n}."
@@ -251,14 +287,33 @@ def _check_fit(A: LinearMap, settings: Settings, lengths: tuple[int, ...], start
         raise InvalidArgument(
             f"trace: start has shape {tuple(start.shape)}, the matrix has order {A.n}. Pass a vector [{A.n}]."
         )
-    if settings.method == "exact" and settings.max_products < A.n:
+
+
+def refuse_unfit(settings: Settings, n: int) -> None:
+    """Refuse a method that budget or memory do not suffice for.
+
+    Args:
+        settings: What is wanted.
+        n: Order of the matrix.
+
+    Raises:
+        InvalidArgument: With what would fit.
+    """
+    if settings.method == "exact" and settings.max_products < n:
         raise InvalidArgument(
-            f"trace: method='exact' takes {A.n} products, max_products={settings.max_products} allows fewer. Allow {A.n}, or use 'auto'."
+            f"trace: method='exact' takes {n} products, max_products={settings.max_products} allows fewer. Allow {n}, or use 'auto'."
         )
     per_dimension = {"deflated": 1, "hutch++": 2}.get(settings.method, 0)
-    if per_dimension and not settings.affordable_rank(A.n, per_dimension=per_dimension):
-        raise InvalidArgument(
-            f"trace: method={settings.method!r} with rank={settings.rank} does not fit: order {A.n}, max_products={settings.max_products}, "
-            f"{'any number of' if settings.max_rows is None else settings.max_rows} vectors in memory. A subspace of rank r takes "
-            f"{per_dimension} r products and r + {LEFT_OUT} vectors, and r must be below the order. Raise the budget, or use 'hutchinson'."
-        )
+    if not per_dimension or settings.affordable_rank(n, per_dimension=per_dimension):
+        return
+    most = settings.largest_rank(n, per_dimension=per_dimension)
+    asked = "a subspace" if settings.rank is None else f"rank={settings.rank}"
+    each = "r" if per_dimension == 1 else f"{per_dimension} r"
+    few = settings.max_rows is not None and settings.max_rows - LEFT_OUT < n - 1
+    held = f", {settings.max_rows} vectors in memory" if few else ""
+    advice = f"Ask for {most} at most" if most else "Allow more"
+    raise InvalidArgument(
+        f"trace: method={settings.method!r} with {asked} does not fit: order {n}, max_products={settings.max_products}{held}. A subspace "
+        f"of rank r takes {each} products and one for a probe, r + {LEFT_OUT} vectors, and r must be below the order. {advice}, or use "
+        "'hutchinson'."
+    )

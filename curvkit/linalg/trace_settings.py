@@ -34,7 +34,7 @@ class Settings:
     block_size: int = 1
     """Probes that are multiplied together, where a product of several is cheaper."""
     max_products: int = 500
-    """Products in all."""
+    """Products in all, beside at most six that check others."""
     max_seconds: float | None = None
     """After this time the estimate is what is there; None: no limit."""
     max_rows: int | None = None
@@ -78,7 +78,19 @@ class Settings:
         Returns:
             `rank`, or else at most a third of the products; 0 if there is no room.
         """
-        room = n - 1 if self.max_rows is None else min(n - 1, self.max_rows - LEFT_OUT)
         if self.rank is not None:
-            return self.rank if self.rank <= room and per_dimension * self.rank < self.max_products else 0
-        return max(0, min(asked, room, self.max_products // (3 * per_dimension)))
+            return self.rank if self.rank <= self.largest_rank(n, per_dimension=per_dimension) else 0
+        return min(asked, self.largest_rank(n, per_dimension=per_dimension), self.max_products // (3 * per_dimension))
+
+    def largest_rank(self, n: int, *, per_dimension: int) -> int:
+        """Dimensions of the largest subspace that may be asked for.
+
+        Args:
+            n: Order of the matrix.
+            per_dimension: Products that one dimension takes.
+
+        Returns:
+            Such that one probe is left, and at most what the memory holds; 0 if there is no room.
+        """
+        room = n - 1 if self.max_rows is None else min(n - 1, self.max_rows - LEFT_OUT)
+        return max(0, min(room, (self.max_products - 1) // per_dimension))

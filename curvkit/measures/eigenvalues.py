@@ -10,25 +10,23 @@ from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import nn
 
 from curvkit import seeds
-from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
+from curvkit.errors import CurvkitError, InvalidArgument
 from curvkit.linalg import lanczos
 from curvkit.linalg.basis import norm
 from curvkit.linalg.krylov import Which
 from curvkit.measures.data_doubt import halves, spread
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.engine import OPERATORS, Engine
+from curvkit.measures.products import Rounding, other_arithmetic, refuse_asymmetry
 from curvkit.measures.sharpness_result import Sharpness
 from curvkit.measures.vectors import rows_that_fit
 from curvkit.objectives import Objective
-from curvkit.operators import DifferenceHessian, DoubleHessian, Hessian, MixedHessian, PerturbedHessian
+from curvkit.operators import DifferenceHessian, Hessian, MixedHessian
 from curvkit.results import Eigenpairs
 
-Rounding = Literal["auto", "float64", "perturbation"]
 Arithmetic = Literal["exact", "bfloat16"]
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def sharpness_steps(
     other, doubted = _other_arithmetic(operator, searched, settings)
     result: Sharpness | None = None
     for pairs in lanczos.search(searched, search, start=start, seed=seed, other=other):
-        _refuse_asymmetry(pairs, operator)
+        _refuse_asymmetry(pairs, settings.rule)
         result = Sharpness(
             eigenpairs=replace(pairs, space=operator.space),
             definition=definition(operator),
@@ -207,16 +205,9 @@ def _with_halves(result: Sharpness, objective: Objective, settings: SharpnessSet
         yield replace(result, halves=bracket, stage="halves", products=before + (count + 1) // 2)
 
 
-def _refuse_asymmetry(pairs: Eigenpairs, operator: Hessian | DifferenceHessian) -> None:
-    """A Hessian is symmetric; products that are not come from an operation whose second derivative is wrong."""
-    limit = lanczos.asymmetry_limit(pairs)
-    if pairs.asymmetry > limit:
-        raise UnsupportedModel(
-            f"sharpness: the products are not those of a symmetric matrix (u'Hv and v'Hu differ by {pairs.asymmetry:.2g}, "
-            f"{limit:.1g} is allowed for rounding). Either a second derivative in this model is wrong, as that of a custom function marked "
-            "once_differentiable, or products do not repeat. Measure by differences of gradients (rule='difference'), or leave these "
-            "parameters out by patterns."
-        )
+def _refuse_asymmetry(pairs: Eigenpairs, rule: str) -> None:
+    """As soon as a search shows it."""
+    refuse_asymmetry("sharpness", pairs.asymmetry, lanczos.asymmetry_limit(pairs), rule=rule)
 
 
 def _operators(
@@ -238,20 +229,7 @@ def _other_arithmetic(
     """How the rounding of products is seen, and a note where that is not as asked."""
     if searched is not operator:
         return lanczos.OtherArithmetic(operator), ()
-    if operator.dtype == torch.float64 or isinstance(operator, DifferenceHessian):
-        return lanczos.OtherArithmetic(), ()
-    notes: tuple[str, ...] = ()
-    if settings.rounding == "float64" or (settings.rounding == "auto" and not _convolves(operator.objective)):
-        try:
-            return lanczos.OtherArithmetic(DoubleHessian(operator)), ()
-        except UnsupportedModel as error:
-            notes = (f"residuals are of {_named(operator.dtype)} products: {error}",)
-    return lanczos.OtherArithmetic(perturbed=(PerturbedHessian(operator, 0), PerturbedHessian(operator, 1))), notes
-
-
-def _convolves(objective: Objective) -> bool:
-    """Whether float64 is dear: torch's CPU kernels for its convolutions took 37 gradients for a product with ResNet-20."""
-    return any(isinstance(module, CONVOLUTIONS) for module in objective.model.modules())
+    return other_arithmetic(operator, settings.rounding)
 
 
 def _is_our_fault(error: Exception) -> bool:

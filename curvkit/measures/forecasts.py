@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from curvkit.linalg import trace as linalg_trace
+from curvkit.measures import piecewise_linear
 from curvkit.measures.eigenvalues import SharpnessSettings
 from curvkit.measures.engine import OPERATORS
-from curvkit.measures.traces import TraceSettings
+from curvkit.measures.traces import TraceSettings, fitted, most_by_structure
 from curvkit.measures.vectors import rows_that_fit
 from curvkit.objectives import Objective
 from curvkit.operators.forecast import Forecast, forecast
@@ -64,16 +66,17 @@ def forecast_trace(objective: Objective, settings: TraceSettings | None = None) 
         settings: As for `trace_steps`; None takes the defaults.
 
     Returns:
-        The plan with bytes and seconds, both estimated; n products where all of the diagonal is computed, else 100. A network whose
-        structure gives the trace exactly takes less.
+        The plan with bytes and seconds, both estimated; n products where all of the diagonal is computed, what its structure is
+        predicted to take where that of the network gives the trace, else 100. Products that check others are not counted.
 
     Raises:
-        InvalidArgument: If a setting does not fit.
+        InvalidArgument: If a setting does not fit, as `trace_steps` would say.
         UnsupportedModel: If the objective has no curvature that could be measured, for example because of dropout.
         UnknownObjective: If loss and data do not fit.
         CurvkitError: If memory does not suffice for one product.
 
-    Cost: that of `curvkit.operators.plan.choose`, and two gradients of a few rows.
+    Cost: that of `curvkit.operators.plan.choose`, and two gradients of a few rows; where the structure may serve, that of
+        `curvkit.measures.piecewise_linear.applies`.
 
     Example:
         >>> import torch, torch.nn.functional as F
@@ -83,15 +86,18 @@ def forecast_trace(objective: Objective, settings: TraceSettings | None = None) 
         ('retained', 15)
     """
     settings = settings or TraceSettings()
-    search, (objective, plan) = settings.search, settings.planned(objective)
-    n = objective.parameters.n
-    exact = search.method == "exact" or (search.method == "auto" and n <= linalg_trace.SMALL)
-    products = min(n, search.max_products) if exact else min(PROBES, search.max_products)
-    rows = rows_that_fit(objective, settings.memory_bytes, search.max_rows)
-    held = linalg_trace.CHUNK if exact else products
-    return _forecast(
-        objective, replace(plan, basis_rows=rows), products=products, held=held, kind=OPERATORS[settings.rule].kind
-    )
+    objective, plan = settings.planned(objective)
+    n, search = objective.parameters.n, fitted(settings, objective, plan)
+    most = most_by_structure(settings, n)
+    if most > 0.0 and piecewise_linear.applies(objective, 0, most=most):
+        products, held = math.ceil(piecewise_linear.predicted_products(objective)), 0
+    else:
+        linalg_trace.refuse_unfit(search, n)
+        exact = search.method == "exact" or (search.method == "auto" and n <= linalg_trace.SMALL)
+        products = min(n if exact else PROBES, search.max_products)
+        held = linalg_trace.CHUNK if exact else products
+    plan = replace(plan, basis_rows=search.max_rows)
+    return _forecast(objective, plan, products=products, held=held, kind=OPERATORS[settings.rule].kind)
 
 
 def _forecast(objective: Objective, plan: Plan, *, products: int, held: int, kind: type[BatchGraph]) -> Forecast:

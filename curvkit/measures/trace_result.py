@@ -103,6 +103,7 @@ class Trace:
                     "stderr": found.stderr,
                     "converged": found.converged,
                     "exact": found.exact,
+                    "rounding": found.rounding,
                     "per_parameter": self.mean,
                 },
                 "method": found.method,

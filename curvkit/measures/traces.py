@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from curvkit import seeds
-from curvkit.errors import CurvkitError, UnsupportedModel
+from curvkit.errors import CurvkitError
 from curvkit.linalg import trace as linalg_trace
 from curvkit.linalg.basis import norm
 from curvkit.linalg.trace import Method
@@ -20,10 +20,11 @@ from curvkit.losses.batches import inputs_and_targets
 from curvkit.measures import piecewise_linear
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.engine import Engine
+from curvkit.measures.products import other_arithmetic, refuse_asymmetry
 from curvkit.measures.trace_result import Trace, shares
 from curvkit.measures.vectors import rows_that_fit
 from curvkit.objectives import Objective
-from curvkit.operators import DifferenceHessian, Hessian
+from curvkit.operators import DifferenceHessian, Hessian, Plan
 from curvkit.results import TraceEstimate, TraceParts
 
 Operator = Hessian | DifferenceHessian
@@ -66,9 +67,12 @@ def trace_steps(
     settings, began, seed = settings or TraceSettings(), time.perf_counter(), seeds.settle(seed)
     checked = settings.checked(objective)
     operator = settings.operator(objective)
-    search = _fitted(settings, operator)
+    search = fitted(settings, operator.objective, operator.plan)
     result: Trace | None = None
-    for found in _estimates(operator, settings, search, seed):
+    said: list[str] = []
+    for found in _estimates(operator, settings, search, seed, said):
+        if found.check is not None:
+            refuse_asymmetry("trace", found.check.asymmetry, found.check.asymmetry_limit, rule=settings.rule)
         by_layer, by_parameter = shares(operator.objective.model, operator.space, found.parts)
         result = Trace(
             estimate=found,
@@ -82,10 +86,10 @@ def trace_steps(
             plan=replace(operator.plan, basis_rows=search.max_rows),
             seed=seed,
             seconds=time.perf_counter() - began,
-            products=found.products,
+            products=found.products + (0 if found.check is None else found.check.products),
             unused=operator.unused,
             preflight=checked,
-            notes=(*objective.notes, *doubts(checked), *operator.notes),
+            notes=(*objective.notes, *said, *_remarks(found, search), *doubts(checked), *operator.notes),
         )
         yield result
     if result is not None:
@@ -168,30 +172,46 @@ def unit(objective: Objective) -> str | None:
     return None
 
 
+def most_by_structure(settings: TraceSettings, n: int) -> float:
+    """Say what the way by the structure of a network may cost.
+
+    Args:
+        settings: As for `trace_steps`.
+        n: Parameters.
+
+    Returns:
+        Products; 0 where that way is not gone at all.
+    """
+    search = settings.search
+    if not settings.structure or settings.rule != "reverse" or n <= linalg_trace.SMALL:
+        return 0.0
+    expected = {"auto": float(piecewise_linear.probes_expected(search.tolerance)), "exact": math.inf}
+    return min(float(search.max_products), expected.get(search.method, 0.0))
+
+
 def _estimates(
-    operator: Operator, settings: TraceSettings, search: linalg_trace.Settings, seed: int
+    operator: Operator, settings: TraceSettings, search: linalg_trace.Settings, seed: int, said: list[str]
 ) -> Iterator[TraceEstimate]:
-    """By the structure of the network where that is exact and cheap or asked for, else by products."""
+    """By the structure of the network where that is exact and cheap or asked for, else by products; `said` takes notes."""
     began, start = time.monotonic(), operator.gradient
     lengths = tuple(entry.numel for entry in operator.space.entries)
-    if settings.structure and settings.rule == "reverse" and operator.n > linalg_trace.SMALL:
-        most = float(search.max_products)
-        if search.method == "auto":
-            most = min(most, piecewise_linear.probes_expected(search.tolerance))
-        wanted = search.method in ("auto", "exact")
-        if wanted and piecewise_linear.applies(operator.objective, seed, most=most):
-            done = yield from _by_structure(operator, search, lengths, began)
+    most = most_by_structure(settings, operator.n)
+    if most > 0.0:
+        if piecewise_linear.applies(operator.objective, seed, most=most):
+            done = yield from _by_structure(operator, search, lengths, began, said)
             if done:
                 return
         if search.max_seconds is not None:
             search = replace(search, max_seconds=max(search.max_seconds - (time.monotonic() - began), 1e-9))
-    yield from linalg_trace.search(operator, search, lengths=lengths, seed=seed, start=start)
+    other, doubted = other_arithmetic(operator)
+    said += doubted
+    yield from linalg_trace.search(operator, search, lengths=lengths, seed=seed, start=start, other=other)
 
 
 def _by_structure(
-    operator: Operator, search: linalg_trace.Settings, lengths: tuple[int, ...], began: float
+    operator: Operator, search: linalg_trace.Settings, lengths: tuple[int, ...], began: float, said: list[str]
 ) -> Generator[TraceEstimate, None, bool]:
-    """The trace of the GGN; False, and no value, once its time is seen not to suffice."""
+    """The trace of the GGN; False, and no value, once its time is seen not to suffice, or it fails."""
     unknown, none = float("nan"), torch.zeros(0, len(lengths), dtype=torch.float64)
     cost = f"at the predicted cost of {piecewise_linear.predicted_products(operator.objective):.3g} products"
     compared = f"where sampling to the tolerance typically takes {piecewise_linear.probes_expected(search.tolerance):,}"
@@ -218,7 +238,12 @@ def _by_structure(
             if search.max_seconds is not None and now - began + left > search.max_seconds:
                 return False
             yield partial
-    except UnsupportedModel:  # a class of negative weight that the first rows did not have
+    except Exception as error:  # the model under vmap, or a class of negative weight that the first rows did not have
+        reason = str(error).strip().partition("\n")[0]
+        said.append(
+            "the structure of the network, which is piecewise linear, could not be used, and products were: one example at a time gave "
+            f"{type(error).__name__}{': ' if reason else ''}{reason}"
+        )
         return False
     value = sums.sum().item()
     if not math.isfinite(value):
@@ -231,9 +256,29 @@ def _by_structure(
     return True
 
 
-def _fitted(settings: TraceSettings, operator: Operator) -> linalg_trace.Settings:
-    """The search within the memory, with several probes at once where graphs are streamed."""
+def fitted(settings: TraceSettings, objective: Objective, plan: Plan) -> linalg_trace.Settings:
+    """Fit the search into the memory, with several probes at once where graphs are streamed.
+
+    Args:
+        settings: As for `trace_steps`.
+        objective: In the precision that is computed in.
+        plan: Of the operator.
+
+    Returns:
+        The search that is made.
+    """
     search = settings.search
-    rows = rows_that_fit(operator.objective, settings.memory_bytes, search.max_rows)
-    together = TOGETHER if operator.plan.residency == "streamed" and search.block_size == 1 else search.block_size
+    rows = rows_that_fit(objective, settings.memory_bytes, search.max_rows)
+    together = TOGETHER if plan.residency == "streamed" and search.block_size == 1 else search.block_size
     return replace(search, max_rows=rows, block_size=max(1, min(together, (rows - 2) // 2)))
+
+
+def _remarks(found: TraceEstimate, search: linalg_trace.Settings) -> Iterator[str]:
+    """What was asked for and is not so: a tolerance below the rounding, a rank without a subspace."""
+    if found.rounding is not None and found.rounding > found.allowed:
+        yield (
+            f"the tolerance is below the rounding of products: it allows ± {found.allowed:.2g}, rounding alone is ± {found.rounding:.2g}. "
+            "More probes do not help; float64 does"
+        )
+    if search.rank is not None and (found.exact or search.method in ("hutchinson", "xtrace")):
+        yield f"rank={search.rank} has no part in this: {found.method} makes no subspace of a chosen size"

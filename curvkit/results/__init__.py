@@ -3,11 +3,12 @@
 from curvkit.results.definition import Definition
 from curvkit.results.eigenpairs import Eigenpairs
 from curvkit.results.record import environment, peak_memory, plain, repository, to_json, without_folders
-from curvkit.results.trace_estimate import TraceEstimate, TraceParts
+from curvkit.results.trace_estimate import ProductCheck, TraceEstimate, TraceParts
 
 __all__ = [
     "Definition",
     "Eigenpairs",
+    "ProductCheck",
     "TraceEstimate",
     "TraceParts",
     "environment",

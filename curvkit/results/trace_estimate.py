@@ -54,9 +54,25 @@ class TraceParts:
         return TraceParts(lengths, known, samples)
 
 
+@dataclass(frozen=True)
+class ProductCheck:
+    """What a few probes show of the products themselves."""
+
+    products: int
+    """That it took, beside those of the estimate and its budget."""
+    rounding: float | None
+    """How far rounding puts a trace from these products off, as the probes show it; None: not measured."""
+    product_error: float
+    """Error of a product relative to its length, in the worst of them; assumed where rounding was not measured."""
+    asymmetry: float
+    """Largest |u'Av - v'Au| of two probes."""
+    asymmetry_limit: float
+    """How much of that may be rounding."""
+
+
 @dataclass(frozen=True, eq=False)
 class TraceEstimate:
-    """The trace of a symmetric matrix, with the doubt that comes from the probes.
+    """The trace of a symmetric matrix, with the doubt that comes from the probes, and from rounding where `check` has measured it.
 
     With the probability `confidence` over the draw of the probes the trace lies in [low, high].
     """
@@ -68,27 +84,31 @@ class TraceEstimate:
     low: float
     high: float
     confidence: float
-    """Of the interval; 1 if exact."""
+    """Of the interval; 1 if exact and its rounding was not measured."""
     probes: int
     """Random vectors that `stderr` rests on."""
     products: int
-    """Products with the matrix in all."""
+    """Products with the matrix, those of the check apart."""
     method: str
     """"exact", "hutchinson", "deflated", "hutch++" or "xtrace"."""
     reason: str
     """Why this method."""
     converged: bool
-    """Exact, or the interval is as narrow as was asked for, with 30 probes at least, when the rule looked at it."""
+    """The interval is as narrow as was asked for; if it is sampled, with 30 probes at least, when the rule looked at it."""
     tolerance: float
     """Half-width relative to |value| that was asked for."""
     absolute_tolerance: float | None = None
     """Half-width that suffices in any case; None: none."""
     exact: bool = False
-    """Every diagonal entry was computed: nothing is in doubt but rounding."""
+    """Every diagonal entry was computed: nothing is in doubt but rounding, which is the interval where it was measured."""
     rank: int = 0
     """Dimensions whose trace was computed without sampling."""
     parts: TraceParts | None = field(default=None, repr=False)
     """Shares of parts of the coordinates; None where the method gives none."""
+    rounding: float | None = None
+    """What rounding adds to the half-width; None: not measured."""
+    check: ProductCheck | None = None
+    """Symmetry and rounding of the products; None: not looked at."""
 
     @property
     def half_width(self) -> float:
