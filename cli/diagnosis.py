@@ -135,13 +135,13 @@ def _devices() -> Iterator[Finding]:
 
 
 def _torchvision() -> Iterator[Finding]:
-    """Import it in another process: half imported, it would stay broken in this one."""
+    """Import it in another process: half imported, it would stay broken in this one. No module of the current directory is taken."""
     found = version("torchvision")
     if found is None:
         return
     try:
         tried = subprocess.run(
-            [sys.executable, "-c", "import torchvision"],
+            [sys.executable, "-P", "-c", "import torchvision"],
             capture_output=True,
             text=True,
             timeout=SECONDS_PER_IMPORT,

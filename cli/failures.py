@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
 import sysconfig
 import traceback
@@ -14,7 +16,6 @@ from curvkit.errors import CurvkitError, ran_out_of_memory
 
 PACKAGE = Path(curvkit.__file__).resolve().parent
 OWN = (PACKAGE, Path(__file__).resolve().parent)
-INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib"))
 EVALUATION = PACKAGE / "objectives" / "function.py"
 """Where model and loss are called: what is raised below is theirs, or the data's."""
 EVALUATING = ("terms", "terms_of", "outputs")
@@ -134,7 +135,7 @@ def _is_evaluation(frame: traceback.FrameSummary) -> bool:
 def _users_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames from the first one of the user's; none of curvkit's at either end."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    first = next((i for i, frame in enumerate(frames) if not _inside(frame, OWN + INSTALLED)), None)
+    first = next((i for i, frame in enumerate(frames) if not _inside(frame, OWN + _installed())), None)
     if first is None:  # all of it is installed: what was called from the evaluation, or from the factory
         evaluation = next((i for i, frame in enumerate(frames) if _is_evaluation(frame)), None)
         made_here = bool(frames) and Path(frames[0].filename).resolve() == FACTORIES
@@ -144,6 +145,22 @@ def _users_frames(error: BaseException) -> list[traceback.FrameSummary]:
     while kept and _inside(kept[-1], OWN):
         kept.pop()  # where curvkit refused it
     return kept
+
+
+@functools.cache
+def _installed() -> tuple[Path, ...]:
+    """Where packages lie: the places of this Python, and those from which click and torch come, which may lie elsewhere."""
+    homes = [Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")]
+    for name in ("click", "torch"):
+        try:
+            found = importlib.util.find_spec(name)
+        except ValueError:  # a module that was put in its place
+            continue
+        if found is not None and found.origin is not None and Path(found.origin).name == "__init__.py":
+            package = Path(found.origin).resolve().parent
+            users = Path.cwd().is_relative_to(package.parent)  # a copy in the folder that the user works in
+            homes.append(package if users else package.parent)
+    return tuple(homes)
 
 
 def _inside(frame: traceback.FrameSummary, homes: tuple[Path, ...]) -> bool:

@@ -15,7 +15,7 @@ from .data import Data
 from .failures import harmless, say
 from .output import Output
 from .progress import ProgressLine
-from .records import NOTES, READ
+from .records import NOTES, READ, identified
 from .target import ENVIRONMENT, Target
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def resolved_objective(ctx: click.Context, target: Target, data: Data, output: O
     checkpoint = read(target.checkpoint, key=target.key, ema=target.ema, trust=target.trusted)
     if checkpoint.recipe is not None and not _typed(ctx, "data") and not _typed(ctx, "demo_data"):
         request = replace(request, data=None, demo_data=False)
-    ctx.meta[READ] = (checkpoint.path, checkpoint.base)
+    paths = checkpoint.path, checkpoint.base
+    ctx.meta[READ] = paths, identified(*paths)
     resolved = resolve(checkpoint, request)
     ctx.meta[NOTES] = notes = (*_choices(checkpoint), *checkpoint.notes, *resolved.notes)
     objective = resolved.objective

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from curvkit.resolving import Resolved
 
 READ = "curvkit.read"
-"""Where a context keeps the paths of the checkpoint that was read and of its base."""
+"""Where a context keeps what `identified` said of the checkpoint and of its base when they were read."""
 OTHERS = re.compile(r"\.|checkpoint-\d+$")
 """Directories within a checkpoint's that are not its own: hidden ones, and other checkpoints of the run."""
 NOTES = "curvkit.notes"
@@ -31,6 +31,7 @@ def describe(ctx: click.Context, target: Target, resolved: Resolved) -> dict[str
     from curvkit import results
     from curvkit.objectives.data import fingerprint
 
+    read, notes = _read(ctx, target)
     chosen: dict[str, Any] = {}
     for name, value in ctx.params.items():
         source = ctx.get_parameter_source(name)
@@ -40,42 +41,59 @@ def describe(ctx: click.Context, target: Target, resolved: Resolved) -> dict[str
         "command": ["curvkit", *(results.without_folders(argument) for argument in ctx.obj or ())],
         "options": chosen,
         "environment": results.environment(),
-        "checkpoint": _checkpoint(ctx, target),
+        "checkpoint": {
+            **read,
+            **({"key": target.key} if target.key else {}),
+            **({"weights": "ema"} if target.ema else {}),
+        },
         **_configuration(target),
         "objective": {"source": results.without_folders(resolved.source), **_objective_source(target)},
         "data_fingerprint": fingerprint(resolved.objective.batches),
         **({"tokens_digest": resolved.tokens_digest} if resolved.tokens_digest else {}),
         **({} if resolved.own_data else {"own_data": False}),
-        **({"notes": list(ctx.meta[NOTES])} if ctx.meta.get(NOTES) else {}),
+        **({"notes": notes} if notes else {}),
         "peak_memory_bytes": results.peak_memory(),
     }
 
 
-def _checkpoint(ctx: click.Context, target: Target) -> dict[str, Any]:
-    """Name and digest of the file that was read, or of each file of the directory; the base of an adapter likewise."""
+def identified(checkpoint: Path, base: Path | None) -> dict[str, Any]:
+    """Name and digest of a file, or of each file of a directory; the base of an adapter likewise."""
+    return {**_identified(checkpoint), **({"base": _identified(base)} if base else {})}
+
+
+def _identified(path: Path) -> dict[str, Any]:
+    name = path.resolve().name  # also of `.`
+    if not path.is_dir():
+        return {"name": name, "digest": _digest(path)}
+    inner = [child for child in path.iterdir() if child.is_dir() and not OTHERS.match(child.name)]
+    files = sorted(file for folder in (path, *inner) for file in folder.iterdir() if file.is_file())
+    return {"name": name, "files": {file.relative_to(path).as_posix(): _digest(file) for file in files}}
+
+
+def _digest(file: Path) -> str:
     from curvkit.checkpoints import digest
 
-    def identified(path: Path) -> dict[str, Any]:
-        name = path.resolve().name  # also of `.`
-        if not path.is_dir():
-            return {"name": name, "digest": digest(path)}
-        inner = [child for child in path.iterdir() if child.is_dir() and not OTHERS.match(child.name)]
-        files = sorted(file for folder in (path, *inner) for file in folder.iterdir() if file.is_file())
-        return {"name": name, "files": {file.relative_to(path).as_posix(): _digest(file) for file in files}}
+    try:
+        return digest(file)
+    except OSError:
+        return "not readable"
 
-    def _digest(file: Path) -> str:
-        try:
-            return digest(file)
-        except OSError:
-            return "not readable"
 
-    read, base = ctx.meta.get(READ, (target.checkpoint, None))
-    return {
-        **identified(read),
-        **({"base": identified(base)} if base else {}),
-        **({"key": target.key} if target.key else {}),
-        **({"weights": "ema"} if target.ema else {}),
-    }
+def _read(ctx: click.Context, target: Target) -> tuple[dict[str, Any], list[str]]:
+    """What the checkpoint was when it was read, and the notes; a warning if it is something else by now."""
+    from curvkit import results
+
+    paths, then = ctx.meta[READ]
+    notes = [" ".join(map(results.without_folders, note.split(" "))) for note in ctx.meta.get(NOTES, ())]
+    try:
+        now = identified(*paths)
+    except OSError:  # the directory is gone
+        now = None
+    if now != then:
+        said = "the checkpoint has changed since it was read; the digest in the record is that of what was read"
+        say(f"warning: {target.checkpoint}: {said}")
+        notes.append(said)
+    return then, notes
 
 
 def _configuration(target: Target) -> dict[str, Any]:

@@ -102,7 +102,10 @@ def test_adapters_are_read_as_their_library_has_them(base: Path, tmp_path: Path,
     assert (found.kind, found.base, found.path) == ("PEFT adapter", base, tmp_path)
     assert found.config is not None
     assert found.config["peft_type"] == kind.replace("DORA", "LORA")
-    assert found.notes == ("safetensors has no checksum: a flipped bit in the file would not be noticed",)
+    assert found.notes == (
+        f"base model: {base}",
+        "safetensors has no checksum: a flipped bit in the file would not be noticed",
+    )
     said = describe_adapter(tmp_path)
     assert {name: stored.shape for name, stored in said.groups["adapter"].items()} == {
         name: tuple(tensor.shape) for name, tensor in live.items()

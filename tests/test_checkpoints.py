@@ -65,13 +65,13 @@ def test_a_state_dict(path: Path):
 @pytest.mark.parametrize("key", WEIGHT_KEYS)
 def test_a_training_dict_under_each_key(path: Path, key: str):
     optimizer = torch.optim.AdamW(net().parameters(), lr=3e-4)
-    torch.save({key: weights(), "optimizer": optimizer.state_dict(), "epoch": 7}, path)
+    torch.save({key: weights(), "optimizer": optimizer.state_dict(), "step": 7}, path)
     found = read(path)
     assert found.kind == "training dict"
     assert same(found.weights, weights())
     assert found.step == 7
     assert found.optimizer is not None
-    assert found.keys == (key, "optimizer", "epoch")
+    assert found.keys == (key, "optimizer", "step")
     assert str(found) == "training dict · 4 tensors, 51 numbers, float32 · step 7 · optimizer with lr 0.0003"
 
 
@@ -381,6 +381,36 @@ def test_integer_buffers_are_no_weights():
     model = nn.BatchNorm1d(3)
     fit(model, {**model.state_dict(), "num_batches_tracked": torch.tensor(7)}, "ckpt.pt")
     assert model.num_batches_tracked == 7
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "fits"),
+    [
+        (torch.uint8, 255, True),
+        (torch.uint8, 256, False),
+        (torch.uint8, -1, False),
+        (torch.int8, 128, False),
+        (torch.int32, 2**31 - 1, True),
+        (torch.int32, 2**31, False),
+        (torch.bool, 1, True),
+        (torch.bool, 2, False),
+    ],
+)
+def test_integer_buffers_that_would_wrap_are_refused(dtype: torch.dtype, number: int, fits: bool):
+    model = nn.Module()
+    model.register_buffer("table", torch.zeros(2, dtype=dtype))
+    found = {"table": torch.tensor([0, number])}
+    if fits:
+        fit(model, found, "ckpt.pt")
+        assert model.table.tolist() == [0, number]
+        return
+    with pytest.raises(RefusedCheckpoint) as caught:
+        fit(model, found, "ckpt.pt")
+    assert str(caught.value) == (
+        f"ckpt.pt: 'table' is torch.int64, with numbers that {dtype}, the model's dtype, cannot hold. "
+        "Build the model with the dtypes of the run that wrote the file."
+    )
+    assert model.table.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

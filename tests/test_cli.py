@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.machinery
 import inspect
 import io
 import json
@@ -451,6 +452,42 @@ def test_a_failure_in_the_users_code(sharpness: Typed, function: str, code: int,
     home = Path(failures.__file__).resolve().parent
     for file in re.findall(r'File "([^"]+)"', err):
         assert not any(Path(file).resolve().is_relative_to(own) for own in (*failures.OWN, home))
+
+
+def test_packages_that_lie_elsewhere_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Law: frames of click and torch are no frames of the user's, wherever they come from; what lies where the user works is."""
+    place = tmp_path / "elsewhere"
+    work = tmp_path / "work"
+    for package in (place / "click", work / "torch"):
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    specs = {"click": place / "click" / "__init__.py", "torch": work / "torch" / "__init__.py"}
+    monkeypatch.setattr(
+        failures.importlib.util,
+        "find_spec",
+        lambda name: importlib.machinery.ModuleSpec(name, None, origin=str(specs[name])),
+    )
+    monkeypatch.chdir(work)
+    homes = failures._installed.__wrapped__()
+    assert homes[-2:] == (place.resolve(), (work / "torch").resolve())
+    assert work.resolve() not in homes
+
+
+def test_a_checkpoint_that_changes_while_it_is_measured(sharpness: Typed, monkeypatch: pytest.MonkeyPatch):
+    """The digest is that of what was read."""
+    before = json.loads(sharpness("ckpt.pt", *FAST, "--json")[1])["record"]["checkpoint"]
+    Path("changing.py").write_text(
+        "import torch\nfrom train import objective as made\n\n\n"
+        "def objective():\n    torch.save({'w': torch.ones(3)}, 'ckpt.pt')\n    return made()\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    code, out, err = sharpness("ckpt.pt", "--objective", "changing.py:objective", *FAST[2:], "--json")
+    said = "the checkpoint has changed since it was read; the digest in the record is that of what was read"
+    assert code == 0
+    assert f"warning: ckpt.pt: {said}\n" in err
+    record = json.loads(out)["record"]
+    assert record["checkpoint"] == before
+    assert record["notes"][-1] == said
 
 
 @pytest.mark.parametrize(

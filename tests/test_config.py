@@ -178,6 +178,36 @@ def test_a_repository_of_the_home_directory_makes_no_project_of_it(tmp_path: Pat
         find_config(home / "downloads" / "ckpt.pt", None, home / "work")
 
 
+def test_below_a_directory_that_is_no_repository_a_configuration_may_be_a_download(
+    tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for here in (tmp_path / "home", tmp_path / "plain"):
+        path = written(here / "downloads" / "model" / "curvkit.toml", 'objective = "evil.py:objective"\n')
+        monkeypatch.chdir(here)
+        for checkpoint in (path.parent / "ckpt.pt", Path("downloads/model/ckpt.pt"), path.parent):
+            with pytest.raises(RefusedCheckpoint) as caught:
+                find_config(checkpoint, None, here)
+            assert str(caught.value) == (
+                f"{path}: this configuration lies below the current directory, {here}, which is no repository, so that it may be part of "
+                "a download. It may choose which code is run, so it is not used unasked. "
+                f"If it is yours: -c {path}; to measure without it: --no-config."
+            )
+            assert find_config(checkpoint, path, here) == read_config(path)
+            assert find_config(checkpoint, None, here, trusted=True) == read_config(path)
+        own = written(here / "curvkit.toml")
+        assert find_config(path.parent / "ckpt.pt", None, here) == read_config(own)
+    (tmp_path / "plain" / ".git").mkdir()
+    found = find_config(tmp_path / "plain" / "downloads" / "model", None, tmp_path / "plain")
+    assert found is not None  # what is unpacked inside of a repository counts as its own
+
+
+def test_the_root_of_the_file_system_is_no_project(project: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("curvkit.resolving.config._is_repository", lambda directory: directory == Path("/"))
+    path = written(project / "runs" / "curvkit.toml")
+    with pytest.raises(RefusedCheckpoint, match="below the current directory, /, which is no repository"):
+        find_config(path.parent / "first" / "ckpt.pt", None, Path("/"))
+
+
 # ---- what it says ----------------------------------------------------------------------------------------------------
 
 

@@ -75,6 +75,14 @@ def test_a_torchvision_that_does_not_go_with_torch(tmp_path: Path):
     ]
 
 
+def test_a_module_of_the_current_directory_is_not_run(tmp_path: Path):
+    package(tmp_path / "installed", "torchvision", "0.28.0", "")
+    (tmp_path / "torchvision.py").write_text("open('owned', 'w')\nraise RuntimeError('mine')\n")
+    done = curvkit("doctor", "--plain", cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+    assert "torchvision\tok\t0.28.0" in done.stdout
+    assert not (tmp_path / "owned").exists()
+
+
 def test_a_torch_that_cannot_be_imported(tmp_path: Path):
     package(tmp_path, "torch", "2.13.0", "raise OSError('libtorch.so: cannot open shared object file')")
     for shape in ("--plain", "--json"):

@@ -289,6 +289,27 @@ def test_integers_are_no_weights(tmp_path: Path):
         resolve(replace(checkpoint, weights=weights), asked(binary(tmp_path / "val.bin")))
 
 
+def test_eight_bit_floats_are_quantised(tmp_path: Path):
+    checkpoint = read(saved(live("llama"), tmp_path / "model"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights = {**checkpoint.weights, name: checkpoint.weights[name].to(torch.float8_e4m3fn)}
+    with pytest.raises(
+        RefusedCheckpoint,
+        match=f"the weight '{re.escape(name)}' is torch.float8_e4m3fn: quantised, with scales of its own",
+    ):
+        resolve(replace(checkpoint, weights=weights), asked(binary(tmp_path / "val.bin")))
+
+
+def test_several_precisions_are_said(tmp_path: Path):
+    checkpoint = read(saved(live("llama"), tmp_path / "model"))
+    data = asked(binary(tmp_path / "val.bin"))
+    assert not any("computed in" in note for note in resolve(checkpoint, data).notes)
+    weights = {**checkpoint.weights, "model.norm.weight": checkpoint.weights["model.norm.weight"].to(torch.bfloat16)}
+    assert (
+        "weights in bfloat16, float32, computed in float32" in resolve(replace(checkpoint, weights=weights), data).notes
+    )
+
+
 def test_an_expert_that_is_missing(tmp_path: Path):
     """The weights of the experts are joined into one tensor, so that no name of the model is missing."""
     name = "model.layers.1.block_sparse_moe.experts.3.w1.weight"

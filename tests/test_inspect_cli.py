@@ -141,9 +141,11 @@ def safetensors() -> None:
             lambda: torch.save({"model": net().state_dict(), "x": Payload(Path("owned"))}, "ckpt.pt"),
             ["refused\tit is not read: it refers to posix.system, which loading would import and could run."],
         ),
-        (exported, ["kind\tprogram of torch.export", "refused\tit is not read: a program is code"]),
+        (exported, ["kind\tprogram of torch.export", "refused\tit is not read: a program of torch.export is code"]),
         pytest.param(
-            script_module, ["kind\tTorchScript", "refused\tit is not read: TorchScript is code"], marks=pytest.mark.slow
+            script_module,
+            ["kind\tTorchScript", "refused\tit is not read: a TorchScript file is code"],
+            marks=pytest.mark.slow,
         ),
         (
             lambda: torch.save({"epoch": 3}, "ckpt.pt"),

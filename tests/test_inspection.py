@@ -183,7 +183,7 @@ def test_safetensors(tmp_path: Path):
 
 
 def test_an_old_file(path: Path):
-    legacy({"model": net().state_dict(), "epoch": 3}, path)
+    legacy({"model": net().state_dict(), "step": 3}, path)
     found = inspect(path)
     assert (found.kind, found.step, found.notes) == ("training dict", 3, ("written by a torch before 1.6",))
     assert found.checksum.startswith("none: files of torch before 1.6 have no checksum")
@@ -200,7 +200,16 @@ def test_a_directory_with_files_of_torch(tmp_path: Path):
     assert found.optimizer is not None
     assert (found.optimizer.name, found.optimizer.step, found.step) == ("AdamW", 3, 3)
     torch.save({"w": nn.Linear(1, 1)}, tmp_path / "optimizer.pt")
+    found = inspect(tmp_path)
+    assert (found.refusal, found.refused_globals) == (None, ())  # the weights do not need it
+    assert any(note.startswith("optimizer.pt refers to ") and "linear.Linear" in note for note in found.notes)
+    torch.save({**optimizer.state_dict(), "x": torch.zeros(1).expand(10**9)}, tmp_path / "optimizer.pt")
+    assert "optimizer.pt: the tensor 'x' claims 1,000,000,000" in str(inspect(tmp_path).refusal)
+    (tmp_path / "optimizer.pt").unlink()
+    torch.save({"w": nn.Linear(1, 1)}, tmp_path / "pytorch_model.bin")
     assert "torch.nn.modules.linear.Linear" in str(inspect(tmp_path).refusal)
+    torch.save({"w": torch.zeros(1).expand(10**9)}, tmp_path / "pytorch_model.bin")
+    assert "pytorch_model.bin: the tensor 'w' claims 1,000,000,000 elements" in str(inspect(tmp_path).refusal)
 
 
 def test_a_distributed_directory(tmp_path: Path):

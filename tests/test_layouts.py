@@ -85,20 +85,20 @@ LAYOUTS: dict[str, tuple[Any, str, int | None, float | None]] = {
             "args": argparse.Namespace(model="vit", classes=3),
         },
         "timm checkpoint",
-        3,
+        None,
         0.1,
     ),
     "torchvision": (
         {"model": weights(), "optimizer": state(), "lr_scheduler": {}, "epoch": 2, "args": argparse.Namespace(a=1)},
         "training dict",
-        2,
+        None,
         0.1,
     ),
     "a tuple of two": ((weights(), state()), "training dict", None, None),
     "nested": ({"state": {"model": weights(), "optimizer": state(), "step": 5}}, "training dict", 5, 0.1),
     "an unusual key": ({"encoder": weights(), "opt": state(), "iter": 6}, "training dict", 6, 0.1),
     "numbers of numpy and torch": (
-        {"model": weights(), "epoch": np.int64(3), "best": np.float64(0.5)},
+        {"model": weights(), "iteration": np.int64(3), "best": np.float64(0.5)},
         "training dict",
         3,
         None,
@@ -190,6 +190,7 @@ def test_raw_weights_are_taken_unless_averages_are_asked_for(path: Path, name: s
     assert shift_of(averaged.weights) == 1
     assert (raw.variants, averaged.variants) == (("ema",), ("raw",))
     assert "averaged weights; the optimizer's state belongs to the raw ones" in averaged.notes
+    assert (raw.lr, averaged.optimizer) == ([0.1], None)
     assert not any("averaged" in note for note in raw.notes)
 
 
@@ -266,6 +267,25 @@ def test_a_key_beside_its_own_optimizer(path: Path):
     torch.save(both, path)
     found = read(path, key="b")
     assert (shift_of(found.weights), found.lr, found.step) == (1, [0.2], 1)
+
+
+@pytest.mark.parametrize("key", ["state.generator", "state.critic", "state.critic.net", "state.ema"])
+def test_an_optimizer_beside_several_models_belongs_to_none(path: Path, key: str):
+    parts = {"generator": weights(0), "critic": {"net": weights(1)}, "ema": weights(2), "optimizer": state()}
+    torch.save({"state": {**parts, "step": 4}}, path)
+    found = read(path, key=key)
+    if key.startswith("state.critic"):  # the only model in a dict of its own
+        assert (found.optimizer, found.step) == (None, None)
+        return
+    assert (found.optimizer, found.step) == (None, 4)
+    assert f"the optimizer's state in the file was not taken: nothing says that it belongs to {key!r}" in found.notes
+    assert inspect(path, key=key).optimizer is None
+
+
+def test_an_optimizer_beside_one_model_belongs_to_it(path: Path):
+    torch.save({"a": {"net": weights(1), "optimizer": state()}, "b": {"net": weights(2)}}, path)
+    assert read(path, key="a.net").lr == [0.1]
+    assert read(path, key="b.net").optimizer is None
 
 
 def test_a_key_can_be_the_first_part_of_names(path: Path):
@@ -605,3 +625,8 @@ def test_trust_is_no_reason_to_skip_the_layout(path: Path):
     torch.save(two_models(), path)
     with pytest.raises(CurvkitError, match="holds several models"):
         read(path, trust=Trust(everything=True))
+
+
+def test_an_epoch_is_no_step(path: Path):
+    torch.save({"model": weights(), "epoch": 3}, path)
+    assert (read(path).step, inspect(path).step) == (None, None)

@@ -282,6 +282,38 @@ def test_a_function_may_import_what_lies_beside_it_when_it_is_called(checkpoint:
     assert resolve(read(checkpoint), Request("train.py:lazy")).objective.parameters.n == 51
 
 
+def test_a_second_function_gets_the_modules_of_its_own_directory(checkpoint: Path):
+    before = set(sys.modules)
+    for folder, hidden in (("a", 6), ("b", 6)):
+        Path(folder, "lib").mkdir(parents=True)
+        Path(folder, "net.py").write_text(f"HIDDEN, NAME = {hidden}, {folder!r}\n")
+        Path(folder, "lib", "inner.py").write_text(f"NAME = {folder!r}\n")  # a package without __init__.py
+        own = "import net\nfrom lib import inner\n" + TRAIN
+        Path(folder, "train.py").write_text(
+            own
+            + "\ndef named():\n    made = sized(net.HIDDEN)\n    made.model.said = net.NAME + inner.NAME\n    return made\n"
+        )
+    said = [resolve(read(checkpoint), Request(f"{folder}/train.py:named")).objective.model.said for folder in "aba"]
+    assert said == ["aa", "bb", "aa"]
+    left = {name for name in set(sys.modules) - before if name.partition(".")[0] in ("net", "lib", "train")}
+    assert not left
+
+
+def test_what_the_process_imports_itself_and_what_is_named_as_a_module_stay(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Path("named.py").write_text("import alone\n" + TRAIN)
+    Path("alone.py").write_text("")
+    resolve(read(checkpoint), Request("named:objective"))
+    assert "named" in sys.modules
+    assert "alone" not in sys.modules
+    del sys.modules["named"]
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(str(tmp_path))
+        resolve(read(checkpoint), Request("named:objective"))
+    assert "alone" in sys.modules
+
+
 def test_the_random_state_is_left_alone(checkpoint: Path):
     Path("seeding.py").write_text(
         "import random, numpy, torch, train\ntorch.manual_seed(3); random.seed(3); numpy.random.seed(3)\n"
@@ -315,13 +347,13 @@ def test_settings_without_a_function(checkpoint: Path):
 def test_the_error_that_teaches(tmp_path: Path):
     path = tmp_path / "ckpt.pt"
     optimizer = torch.optim.AdamW(net().parameters(), lr=3e-4)
-    torch.save({"model": net().state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}, path)
+    torch.save({"model": net().state_dict(), "optimizer": optimizer.state_dict(), "step": 3}, path)
     with pytest.raises(UnknownObjective) as caught:
         resolve(read(path))
     assert str(caught.value).splitlines() == [
         f"{path} holds weights but does not say which model, loss or data to use.",
         "  found    training dict · 4 tensors, 51 numbers, float32 · step 3 · optimizer with lr 0.0003 · keys: model, optimizer, "
-        "epoch",
+        "step",
         "  missing  an objective: a function returning curvkit.Objective(model, loss, data)",
         f"  do one   curvkit init {path}    writes a file with such a function, to fill in",
         f"           curvkit sharpness {path} --objective train.py:objective",

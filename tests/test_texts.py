@@ -117,6 +117,51 @@ def test_ids_of_nanogpt_need_no_tokenizer(tmp_path: Path):
     assert read(path, None) == [65535, 0]
 
 
+def test_a_binary_file_of_wider_ids(tmp_path: Path):
+    path = tmp_path / "val.bin"
+    for low in (0, 60_000):  # the upper halves are 0, or 0 and 1
+        (ids(200) + low).astype(numpy.uint32).tofile(path)
+        with pytest.raises(
+            UnknownObjective, match=r"it looks like 32-bit ids \(every second 16-bit number is 0 or 1\)"
+        ):
+            read(path, None)
+    numpy.zeros(200, numpy.uint16).tofile(path)  # ids 0 and 1 alone are ids
+    assert read(path, None) == [0] * 10
+    binary(path)
+    with pytest.raises(UnknownObjective, match="the model's vocabulary of 65,537 does not fit"):
+        read_tokens(TextData(path), None, length=4, count=2, vocabulary=65_537)
+    assert len(read_tokens(TextData(path), None, length=4, count=2, vocabulary=65_536).ids) == 10
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ([[5, 6], None], "row 1 of input_ids is null"),
+        (["five"], "row 0 of input_ids is a str ('five')"),
+        ([[0.5, 1.0]], "row 0 of input_ids is a list with a float (0.5)"),
+        ([[[5, 6]]], "row 0 of input_ids is a list with a list ([5, 6])"),
+        ([[5, None]], "row 0 of input_ids is a list with null"),
+        ([5, 6], "row 0 of input_ids is a int (5)"),
+    ],
+)
+def test_a_column_of_something_else_than_ids(tmp_path: Path, column: list[object], said: str):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"input_ids": column}).save_to_disk(tmp_path / "data")
+    with pytest.raises(UnknownObjective, match=re.escape(said)):
+        read(tmp_path / "data", None)
+
+
+def test_a_mask_of_another_length(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    for mask in ([1], None):
+        path = tmp_path / f"data-{mask}"
+        datasets.Dataset.from_dict({"input_ids": [[5, 6]], "attention_mask": [mask]}).save_to_disk(path)
+        with pytest.raises(UnknownObjective, match="row 0 has 2 input_ids and another attention_mask"):
+            read(path, None)
+
+
 @pytest.mark.parametrize("content", [b"", b"abc"])
 def test_a_binary_file_that_is_none(tmp_path: Path, content: bytes):
     (tmp_path / "val.bin").write_bytes(content)
@@ -161,7 +206,10 @@ def test_numbers_that_do_not_fit():
         (None, None, 1024, Shape(128, 8)),
         (None, None, 64, Shape(64, 8)),
         (32, 100, 64, Shape(32, 3)),
-        (64, 1, 64, Shape(64, 1)),
+        (64, 64, 64, Shape(64, 1)),
+        (None, 1, 64, Shape(1, 1)),
+        (None, 100, 64, Shape(64, 1)),
+        (None, 50, None, Shape(50, 1)),
         (64, 4096, None, Shape(64, 64)),
     ],
 )
@@ -172,6 +220,12 @@ def test_what_the_user_leaves_open(seq_len: int | None, tokens: int | None, cont
 def test_a_window_beyond_the_context():
     with pytest.raises(InvalidArgument, match="--seq-len 65: the model's context is 64 tokens. Pass at most that."):
         Shape.of(65, None, context=64)
+
+
+def test_fewer_tokens_than_one_window():
+    text = "--tokens 63: fewer than one window of --seq-len 64. Pass --tokens 64 or more, or a shorter --seq-len."
+    with pytest.raises(InvalidArgument, match=re.escape(text)):
+        Shape.of(64, 63, context=64)
 
 
 def test_windows_and_their_targets():

@@ -541,7 +541,7 @@ def test_a_payload_runs_with_trust_and_not_with_a_class(path: Path):
 @pytest.mark.parametrize("place", ["alone", "in a dict"])
 def test_a_trusted_model_gives_its_weights(path: Path, place: str):
     model = net()
-    torch.save(model if place == "alone" else {"model": model, "epoch": 3}, path)
+    torch.save(model if place == "alone" else {"model": model, "step": 3}, path)
     found = read(path, trust=Trust(everything=True))
     assert same(found.weights, dict(model.state_dict()))
     assert found.step == (None if place == "alone" else 3)
@@ -642,3 +642,47 @@ def test_more_numbers_than_memory(path: Path):
     )
     path.unlink()
     assert "not enough memory for a tensor of 8,000,000,000 bytes. Use a machine with more memory." in done.stderr
+
+
+# ---- files of torch in a directory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt"])
+def test_claims_of_a_file_in_a_directory_are_checked(tmp_path: Path, name: str):
+    torch.save(net().state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{}")
+    claim = {"w": torch.zeros(1).expand(5 * 10**8)}
+    torch.save(claim if name.endswith("bin") else {"state": {0: claim}, "param_groups": []}, tmp_path / name)
+    assert (tmp_path / name).stat().st_size < 6_000
+    said = refusal(tmp_path)
+    assert said.startswith(f"{tmp_path / name}: the tensor ")
+    assert "claims 500,000,000 elements, but 4 bytes are stored. Such a file would fill the memory" in said
+
+
+def test_trust_reaches_the_files_of_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "dirtrain.py").write_text("class Config: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import dirtrain  # type: ignore[import-not-found]
+
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    torch.save(net().state_dict(), path / "pytorch_model.bin")
+    optimizer = torch.optim.SGD(net().parameters(), lr=0.1).state_dict()
+    torch.save({**optimizer, "config": dirtrain.Config(), "t": torch.ones(1)}, path / "optimizer.pt")
+    found = read(path)
+    assert same(found.weights, dict(net().state_dict()))  # which do not need the optimizer
+    assert found.optimizer is None
+    (note,) = (note for note in found.notes if note.startswith("the optimizer's state was not read: "))
+    assert f"{path / 'optimizer.pt'}: refused" in note
+    assert note.endswith("--allow dirtrain.Config")
+    for trust in (Trust(classes=("dirtrain.Config",)), Trust(everything=True)):
+        found = read(path, trust=trust)
+        assert found.lr == [0.1]
+        assert not any("optimizer" in note for note in found.notes)
+    (path / "optimizer.pt").write_bytes((path / "optimizer.pt").read_bytes()[:-100])
+    assert "optimizer.pt: " in refusal(path)  # damage stays a refusal
+    (path / "optimizer.pt").unlink()
+    torch.save(net(), path / "pytorch_model.bin")
+    assert "pytorch_model.bin: refused, a whole pickled model" in refusal(path)
+    assert same(read(path, trust=Trust(everything=True)).weights, dict(net().state_dict()))

@@ -20,7 +20,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("LORA", "LOHA", "LOKR")
 """Low-rank updates of weight matrices, which is what `peft_type` may say."""
 KIND = "PEFT adapter"
-CODE = ("megatron_config",)
+IMPORTING = ("megatron_config",)
 """Fields of the configuration that make PEFT import a module which the configuration names."""
 
 
@@ -43,17 +43,17 @@ def read_adapter(path: Path, *, load: Load | None = None) -> Checkpoint:
     base = _base(path, config)
     weights = read_tensors(_weights(path))
     _check_names(path, weights)
-    state = training_state.optimizer_file(path) if load is not None else None
+    optimizer, unread = training_state.optimizer_beside(path, load) if load is not None else (None, ())
     return Checkpoint(
         path,
         KIND,
         weights,
-        None if state is None or load is None else training_state.optimizer_state(state, load(state)),
+        optimizer,
         training_state.step(path),
         None,
         config=config,
         base=base,
-        notes=(NO_CHECKSUM, *_others(path)),
+        notes=(f"base model: {base}", NO_CHECKSUM, *unread, *_others(path)),
     )
 
 
@@ -97,7 +97,7 @@ def _config(path: Path) -> dict[str, Any]:
             f"{path / CONFIG}: peft_type is {brief(kind)}; adapters of the kinds {', '.join(KINDS)} are read. "
             "Merge it into its base (model.merge_and_unload()) and pass the merged model."
         )
-    named = [field for field in CODE if config.get(field)]
+    named = [field for field in IMPORTING if config.get(field)]
     if named:
         raise RefusedCheckpoint(
             f"{path / CONFIG}: {named[0]} makes PEFT import the module that the file names. Nothing was imported. "

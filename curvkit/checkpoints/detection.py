@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from curvkit.checkpoints.archive import UNREADABLE
 from curvkit.checkpoints.confined import unreadable
 from curvkit.checkpoints.directories import DirectoryKind, directory_kind
 from curvkit.errors import RefusedCheckpoint
@@ -14,8 +15,8 @@ from curvkit.errors import RefusedCheckpoint
 FileKind = Literal["torch zip", "torch legacy", "torchscript", "exported program", "safetensors"]
 Kind = FileKind | DirectoryKind
 
-UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError, RuntimeError)
-"""What zipfile raises on a damaged archive."""
+CODE = {"torchscript": "a TorchScript file", "exported program": "a program of torch.export"}
+"""Kinds that are code."""
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9c"
 """How files begin that torch wrote before version 1.6."""
 OTHERS = (

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from curvkit.checkpoints.training_state import NUMBERED
 from curvkit.errors import RefusedCheckpoint
 
 DirectoryKind = Literal["Hugging Face directory", "adapter", "distributed"]
@@ -13,7 +14,6 @@ DirectoryKind = Literal["Hugging Face directory", "adapter", "distributed"]
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 SHARD = re.compile(r"__\d+_\d+\.distcp")
 METADATA = re.compile(r"(__\d+)?\.metadata(\.tmp)?")
-NUMBERED = re.compile(r"checkpoint-(\d{1,18})")
 ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".tar")
 FSDP = re.compile(r"pytorch_model_fsdp_\d+")
 """How accelerate and the Trainer call the directory of sharded weights."""

@@ -23,26 +23,13 @@ if TYPE_CHECKING:
 
 METADATA = ".metadata"
 OF_ONE_PROCESS = re.compile(r"__(\d{1,9})\.metadata")
-OF_ACCELERATE = re.compile(r"(pytorch_model_fsdp|optimizer)_(\d{1,3})")
+MODEL_OF_ACCELERATE = "pytorch_model_fsdp"
+OF_ACCELERATE = re.compile(rf"({MODEL_OF_ACCELERATE}|optimizer)_(\d{{1,3}})")
 LARGEST_METADATA = 1 << 30
 SMALL = 1 << 16
 """Bytes of an item that a description reads."""
 KIND = "distributed checkpoint"
 CHECKSUM = "CRC-32 of every record; none for the names in .metadata"
-
-
-def holds(path: Path) -> bool:
-    """Whether a directory is one of torch.distributed.checkpoint, or one of accelerate that has such directories in it.
-
-    Args:
-        path: A directory.
-
-    Returns:
-        Also True while it is still being written.
-
-    Cost: one or two listings.
-    """
-    return bool(_parts(path))
 
 
 def read_distributed(path: Path) -> dict[str, Any]:
@@ -58,8 +45,8 @@ def read_distributed(path: Path) -> dict[str, Any]:
         As torch.load would return a training dict.
 
     Raises:
-        RefusedCheckpoint: If the metadata refers to code, a file lies outside the directory, a piece is missing or damaged, or the
-            checkpoint is still being written.
+        RefusedCheckpoint: If the metadata refers to code, a file lies outside the directory, a piece is missing or damaged, the
+            checkpoint is still being written, or there are several models.
 
     Cost: one pass over the files, and the memory of all tensors with one piece more.
     """
@@ -110,9 +97,10 @@ def _parts(path: Path) -> list[Path]:
     if _complete(path) or _begun(path):
         return [path]
     try:
-        return sorted(child for child in path.iterdir() if OF_ACCELERATE.fullmatch(child.name) and child.is_dir())
+        found = [(m[1], int(m[2]), child) for child in path.iterdir() if (m := OF_ACCELERATE.fullmatch(child.name))]
     except OSError:
         return []
+    return [child for _, _, child in sorted(found) if child.is_dir()]
 
 
 def _complete(path: Path) -> bool:
@@ -130,6 +118,12 @@ def _found(path: Path) -> list[Path]:
     if not parts:
         raise RefusedCheckpoint(
             f"{path}: no checkpoint of torch.distributed.checkpoint: there is no .metadata. Pass the directory that it wrote."
+        )
+    models = [part for part in parts if part.name.startswith(MODEL_OF_ACCELERATE)]
+    if len(models) > 1 and path not in models:
+        raise RefusedCheckpoint(
+            f"{path}: holds {len(models)} models, in {', '.join(model.name for model in models[:8])}"
+            f"{' ...' if len(models) > 8 else ''}. Pass the directory of the one that is meant, for example {models[0]}"
         )
     for part in parts:
         if not part.resolve().is_relative_to(path.resolve()):
@@ -221,7 +215,7 @@ def _items(index: Metadata, files: _Files) -> Iterator[tuple[str, Any]]:
 
 
 def _tensor(name: str, split: Split, files: _Files) -> Tensor:
-    import torch  # `describe` and `holds` are used where torch is not wanted
+    import torch  # `describe` is used where torch is not wanted
 
     try:
         whole = torch.empty(split.shape, dtype=getattr(torch, split.dtype))

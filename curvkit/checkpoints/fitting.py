@@ -32,7 +32,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> tuple[s
 
     Raises:
         UnknownObjective: If a key is missing, unexpected or of another shape, or tied copies differ.
-        RefusedCheckpoint: If a weight is integer or complex where the model is not, or NaN or infinite.
+        RefusedCheckpoint: If a weight is integer or complex where the model is not, or NaN or infinite, or too large for the model's dtype.
 
     Cost: one pass over the weights.
 
@@ -109,7 +109,13 @@ def _check_values(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sour
                 f"{source}: the weight {name!r} is {tensor.dtype}, the model's is {wanted}, which cannot hold it. "
                 "Build the model with the dtypes of the run that wrote the file."
             )
-        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        whole = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
+        if whole and wanted != tensor.dtype and not torch.equal(tensor.to(wanted).to(tensor.dtype), tensor):
+            raise RefusedCheckpoint(
+                f"{source}: {name!r} is {tensor.dtype}, with numbers that {wanted}, the model's dtype, cannot hold. "
+                "Build the model with the dtypes of the run that wrote the file."
+            )
+        if not whole:
             _check_finite(name, tensor, wanted, source)
 
 

@@ -58,8 +58,8 @@ def read_directory(path: Path, *, load: Load, trust: Trust = NOTHING) -> Checkpo
         said = ("the weights are spread over the files of several processes",)
     else:
         tensors, said = shards.read(_weights(directory), load)
-        state = training_state.optimizer_file(directory)
-        optimizer = None if state is None else training_state.optimizer_state(state, load(state))
+        optimizer, unread = training_state.optimizer_beside(directory, load)
+        said = (*said, *unread)
     mapping, removed = clean(tensors)
     return Checkpoint(
         directory,

@@ -10,7 +10,7 @@ from typing import Any
 from curvkit.checkpoints import adapters, distributed, hugging_face, safetensors_file
 from curvkit.checkpoints.allowed import WIDTHS, explained, harmless, refused
 from curvkit.checkpoints.description import Description
-from curvkit.checkpoints.detection import Detected, detect
+from curvkit.checkpoints.detection import CODE, Detected, detect
 from curvkit.checkpoints.layouts import Layout, interpret
 from curvkit.checkpoints.names import clean
 from curvkit.checkpoints.optimizer_summary import OptimizerSummary, optimizer_summary
@@ -18,12 +18,8 @@ from curvkit.checkpoints.places import check_places, tied
 from curvkit.checkpoints.skeleton import Skeleton, opened
 from curvkit.checkpoints.stored import StoredTensor, dense
 from curvkit.checkpoints.tensor_groups import TensorGroup, group_of, groups_of
-from curvkit.errors import CurvkitError, InvalidArgument
+from curvkit.errors import CurvkitError, InvalidArgument, RefusedCheckpoint
 
-CODE = {
-    "torchscript": ("TorchScript", "TorchScript is code, which is loaded with --trust alone"),
-    "exported program": ("program of torch.export", "a program is code, which is loaded with --trust alone"),
-}
 SAVE = "Save the weights where the file was made: torch.save(model.state_dict(), path)."
 
 
@@ -106,7 +102,8 @@ def inspect(path: Path, *, key: str | None = None, ema: bool = False) -> Inspect
         with opened(path) as skeleton:
             return _torch_file(found, skeleton, key, ema)
     if found.kind in CODE:
-        kind, why = CODE[found.kind]
+        kind = CODE[found.kind].removeprefix("a ").removesuffix(" file")
+        why = f"{CODE[found.kind]} is code, which is loaded with --trust alone"
         return Inspection(path, kind, found.bytes, "CRC-32 of every record", refusal=f"{why}. {SAVE}")
     if found.kind == "safetensors":
         header = safetensors_file.header(path)
@@ -197,14 +194,19 @@ def _described(found: Description) -> Inspection:
     names: set[str] = set()
     weights = {name: stored for tensors in list(found.groups.values())[:1] for name, stored in tensors.items()}
     removed = clean(weights)[1]
+    refusal = found.refusal
     for file in found.torch_files:
         with opened(file) as skeleton:
             names |= skeleton.globals
+            refusal = refusal or _claims(file, skeleton.content)
             groups += [replace(group, name="model") for group in groups_of(skeleton.content)]
-    optimizer = None
+    optimizer, notes = None, found.notes
     if found.optimizer_file is not None:
         with opened(found.optimizer_file) as skeleton:
-            names |= skeleton.globals
+            beyond = refused(skeleton.globals)
+            if beyond:
+                notes = (*notes, f"{found.optimizer_file.name} {_refers(beyond)}; it is not read without trust")
+            refusal = refusal or _claims(found.optimizer_file, skeleton.content)
             content = skeleton.content if isinstance(skeleton.content, Mapping) else {}
             optimizer = optimizer_summary(content, None, _scalars(skeleton))
             groups += [replace(group, name="optimizer") for group in groups_of({"optimizer": content})]
@@ -216,14 +218,26 @@ def _described(found: Description) -> Inspection:
         found.checksum,
         _joined(groups),
         bad,
-        f"it refers to {', '.join(map(harmless, bad[:5]))}, which loading would import and could run. {SAVE}"
-        if bad
-        else found.refusal,
+        f"it {_refers(bad)}. {SAVE}" if bad else refusal,
         optimizer,
         found.step,
         removed,
-        notes=found.notes,
+        notes=notes,
     )
+
+
+def _claims(path: Path, content: Any) -> str | None:
+    """Why a file would fill the memory; None if it would not."""
+    named = content if isinstance(content, Mapping) else {}
+    try:
+        check_places(path, {str(n): t for n, t in named.items() if isinstance(t, StoredTensor)}, content)
+    except RefusedCheckpoint as error:
+        return str(error)
+    return None
+
+
+def _refers(names: tuple[str, ...]) -> str:
+    return f"refers to {', '.join(map(harmless, names[:5]))}, which loading would import and could run"
 
 
 def _joined(groups: list[TensorGroup]) -> tuple[TensorGroup, ...]:

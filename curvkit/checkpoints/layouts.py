@@ -25,7 +25,8 @@ OPTIMIZER_KEYS = (
     "optimizer_states",
     "optimizers",
 )
-STEP_KEYS = ("step", "global_step", "iter_num", "num_iters", "iteration", "iter", "epoch")
+STEP_KEYS = ("step", "global_step", "iter_num", "num_iters", "iteration", "iter")
+"""An epoch is no step: it has as many of them as there are batches."""
 QUANTISED = (".qweight", ".qzeros", ".SCB", ".absmax", "._packed_params", ".bitsandbytes__nf4", ".bitsandbytes__fp4")
 """How names of weights end that GPTQ, AWQ, bitsandbytes and torch's own quantisation write."""
 COUNTER = "n_averaged"
@@ -77,7 +78,7 @@ def interpret(
 
     Example:
         >>> w = StoredTensor((2,), "float32", "0", 0, (1,), 2)
-        >>> found = interpret(Path("a.pt"), {"model": {"module.w": w}, "epoch": 3})
+        >>> found = interpret(Path("a.pt"), {"model": {"module.w": w}, "step": 3})
         >>> found.kind, list(found.weights), found.removed, found.step
         ('training dict', ['w'], ('module.',), 3)
     """
@@ -108,12 +109,18 @@ def interpret(
     own = content.get("curvkit")
     own = own if isinstance(own, Mapping) else {}
     default = key is None or key == found.default
-    places = (parent, content) if default else (parent,) if parent is not content else ()
+    alone = all(name == chosen for name in found.raw if name.startswith(f"{chosen.rpartition('.')[0]}."))
+    places = (parent, content) if default else (parent,) if parent is not content and alone else ()
     optimizer = _optimizer(places, notes)
-    if optimizer is None and not default and any(name in content for name in OPTIMIZER_KEYS):
+    if (
+        optimizer is None
+        and not default
+        and any(name in place for place in (parent, content) for name in OPTIMIZER_KEYS)
+    ):
         notes.append(f"the optimizer's state in the file was not taken: nothing says that it belongs to {key!r}")
     if (ema or found.is_averaged(chosen)) and optimizer is not None:
         notes.append("averaged weights; the optimizer's state belongs to the raw ones")
+        optimizer = None
     if chosen and key is None and chosen not in WEIGHT_KEYS:
         notes.append(f"the weights are those under {chosen!r}")
     recipe = own.get("recipe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -124,13 +125,14 @@ def _refuse_choice(path: Path, key: str | None, ema: bool) -> None:
 
 
 def _directory(path: Path, kind: str, trust: Trust) -> Checkpoint:
+    trusting = functools.partial(load, trust=trust)
     if kind == "adapter":
         from curvkit.checkpoints.adapters import read_adapter
 
-        return read_adapter(path, load=load)
+        return read_adapter(path, load=trusting)
     from curvkit.checkpoints.hugging_face import read_directory
 
-    return read_directory(path, load=load, trust=trust)
+    return read_directory(path, load=trusting, trust=trust)
 
 
 def _safetensors(path: Path, key: str | None, ema: bool) -> Checkpoint:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from curvkit.checkpoints.confined import confined, unreadable
 from curvkit.checkpoints.documents import brief, document
+from curvkit.checkpoints.places import check_places
 from curvkit.checkpoints.safetensors_file import NO_CHECKSUM, Stored, header, read_tensors
 from curvkit.errors import RefusedCheckpoint
 
@@ -167,6 +168,7 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
                 f"{path}: the entry {brief(str(name))} is a {type(value).__name__}; weights of Hugging Face are tensors by name. "
                 "Pass the file itself if it is a training dict."
             )
+    check_places(path, content, None, Tensor)
     return dict(content)
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from curvkit.checkpoints.allowed import explained, harmless, refused
-from curvkit.checkpoints.detection import detect
+from curvkit.checkpoints.detection import CODE, detect
 from curvkit.checkpoints.live import Materialiser
 from curvkit.checkpoints.skeleton import Skeleton, opened
-from curvkit.checkpoints.trust import NOTHING, Trust
+from curvkit.checkpoints.trust import NOTHING, NeedsTrust, Trust
 from curvkit.checkpoints.trusted import can_be_allowed, trusted_content
-from curvkit.errors import RefusedCheckpoint
 
-CODE = {"torchscript": "a TorchScript file", "exported program": "a program of torch.export"}
 SHOWN = 5
 
 
@@ -61,12 +59,13 @@ def data_of(path: Path, trust: Trust) -> Generator[Any]:
         A `Skeleton` whose file is open; or, for a file that needs trust and has it, what it unpickled to.
 
     Raises:
-        RefusedCheckpoint: If it is damaged, or needs more trust than it has.
+        RefusedCheckpoint: If it is damaged.
+        NeedsTrust: If it needs more trust than it has.
     """
     kind = detect(path).kind
     if kind in CODE:
         if not trust.everything:
-            raise RefusedCheckpoint(
+            raise NeedsTrust(
                 f"{path}: {CODE[kind]}, which is code. Save the weights instead: torch.save(model.state_dict(), path). "
                 "If you trust whoever made it, add --trust."
             )
@@ -79,7 +78,7 @@ def data_of(path: Path, trust: Trust) -> Generator[Any]:
             return
         left = tuple(name for name in names if name not in trust.classes)
         if left and not trust.everything:
-            raise RefusedCheckpoint(_refusal(path, skeleton, left))
+            raise NeedsTrust(_refusal(path, skeleton, left))
         skeleton.file.verify()
         yield trusted_content(path, kind, trust, names)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from curvkit.checkpoints.confined import confined, unreadable
 from curvkit.checkpoints.documents import document
+from curvkit.checkpoints.places import check_places
+from curvkit.checkpoints.trust import NeedsTrust
 from curvkit.errors import RefusedCheckpoint
 
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
@@ -33,6 +35,35 @@ def optimizer_file(directory: Path) -> Path | None:
     """
     name = next((name for name in OPTIMIZER_FILES if (directory / name).exists()), None)
     return None if name is None else confined(directory, name, source=str(directory))
+
+
+def optimizer_beside(directory: Path, load: Callable[[Path], Any]) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
+    """Read the optimizer's state that lies beside weights, which do not need it.
+
+    Args:
+        directory: Of one checkpoint.
+        load: Reads a file of torch.save.
+
+    Returns:
+        The state, and notes; None if there is none, or if reading it would need more trust than the file has.
+
+    Raises:
+        RefusedCheckpoint: If it is damaged, leads outside the directory, is something else, or claims more memory than it has numbers.
+
+    Cost: two passes over the file.
+    """
+    path = optimizer_file(directory)
+    if path is None:
+        return None, ()
+    try:
+        content = load(path)
+    except NeedsTrust as error:
+        return None, (f"the optimizer's state was not read: {error}",)
+    from torch import Tensor  # descriptions are made where torch is not wanted
+
+    state = optimizer_state(path, content)
+    check_places(path, {}, state, Tensor)
+    return state, ()
 
 
 def optimizer_state(path: Path, content: Any) -> Mapping[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from curvkit.errors import RefusedCheckpoint
+
 
 @dataclass(frozen=True)
 class Trust:
@@ -34,3 +36,7 @@ class Trust:
 
 NOTHING = Trust()
 """The default."""
+
+
+class NeedsTrust(RefusedCheckpoint):
+    """A file is sound as far as that can be said, but reading it could run code, and the user has not allowed that."""

@@ -239,7 +239,9 @@ class GPT(nn.Module):
                 f"GPT: {length} tokens in one sequence are more than block_size={self.block_size}. Cut the sequence into windows."
             )
         parts = self.transformer
-        x = parts["drop"](self._embedding(tokens) + parts["wpe"](torch.arange(length, device=tokens.device)))  # [N, T, w]
+        x = parts["drop"](
+            self._embedding(tokens) + parts["wpe"](torch.arange(length, device=tokens.device))
+        )  # [N, T, w]
         for block in parts["h"]:  # type: ignore[attr-defined]
             x = block(x)
         return self.lm_head(parts["ln_f"](x))  # [N, T, V]

@@ -56,12 +56,16 @@ class Shape:
             The shape.
 
         Raises:
-            InvalidArgument: If the windows are longer than the context.
+            InvalidArgument: If the windows are longer than the context, or than the tokens that are wanted.
         """
         if seq_len is not None and context is not None and seq_len > context:
             raise InvalidArgument(f"--seq-len {seq_len}: the model's context is {context} tokens. Pass at most that.")
-        length = seq_len or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
-        return cls(length, max(1, tokens // length) if tokens is not None else DEFAULT_WINDOWS)
+        if seq_len is not None and tokens is not None and tokens < seq_len:
+            raise InvalidArgument(
+                f"--tokens {tokens}: fewer than one window of --seq-len {seq_len}. Pass --tokens {seq_len} or more, or a shorter --seq-len."
+            )
+        length = seq_len or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH, tokens or DEFAULT_LENGTH)
+        return cls(length, tokens // length if tokens is not None else DEFAULT_WINDOWS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,8 +64,9 @@ def find_config(checkpoint: Path, explicit: Path | None, here: Path, *, trusted:
 
     It is the file that the user names; else the nearest one upward from the checkpoint, then upward from the current directory, each
     search ending at the root of a repository or at the home directory. A file that is only found, not named, counts if it lies in
-    the current project: below the root of the repository around `here`, or below `here`. It may choose which code is run, and one that
-    lies beside a downloaded checkpoint was written by whoever made the download.
+    the current project: in the repository around `here`, or, without one, in `here` itself. It may choose which code is run, and one
+    that lies beside a downloaded checkpoint was written by whoever made the download; below a directory that is no repository, such as
+    the home directory, downloads lie, too.
 
     Args:
         checkpoint: File or directory; it need not be read for this.
@@ -84,29 +85,53 @@ def find_config(checkpoint: Path, explicit: Path | None, here: Path, *, trusted:
     """
     if explicit is not None:
         return read_config(explicit)
-    project = project_root(here)
     start = Path(os.path.abspath(checkpoint))
     foreign = None
     for path in _candidates(start if start.is_dir() else start.parent, here):
-        if trusted or path.parent.resolve().is_relative_to(project):
+        if trusted or is_own(path.parent, here):
             return read_config(path)
         foreign = foreign or path
     if foreign is None:
         return None
+    project = project_root(here)
+    where = f"lies outside of the current project ({project})"
+    if foreign.parent.resolve().is_relative_to(project):
+        where = (
+            f"lies below the current directory, {project}, which is no repository, so that it may be part of a download"
+        )
     raise RefusedCheckpoint(
-        f"{foreign}: this configuration lies outside of the current project ({project}). It may choose which code is run, so it is not "
+        f"{foreign}: this configuration {where}. It may choose which code is run, so it is not "
         f"used unasked. If it is yours: -c {foreign}; to measure without it: --no-config."
     )
 
 
+def is_own(directory: Path, here: Path) -> bool:
+    """Whether what lies in a directory counts as the user's own: it is in the repository around `here`, or is `here`.
+
+    Args:
+        directory: Where a file was found; links are followed.
+        here: The current directory.
+
+    Returns:
+        False below a directory that is no repository: a home directory, `/`, or a folder of downloads.
+
+    Example:
+        >>> is_own(Path("/models/download"), Path("/"))
+        False
+    """
+    directory, root = directory.resolve(), repository_around(here)
+    return directory == here.resolve() if root is None else directory.is_relative_to(root)
+
+
 def project_root(here: Path) -> Path:
-    """The directory below which files count as the user's own.
+    """The directory that a file that a checkpoint names must lie in.
 
     Args:
         here: The current directory.
 
     Returns:
-        The root of the repository around it; without one, or if that would be the home directory, the directory itself.
+        The root of the repository around it; without one, the directory itself. Whether all that lies below it is the user's own is
+        what `is_own` says.
 
     Example:
         >>> import tempfile
@@ -116,13 +141,25 @@ def project_root(here: Path) -> Path:
         >>> project_root(root / "runs") == root
         True
     """
+    return repository_around(here) or here.resolve()
+
+
+def repository_around(here: Path) -> Path | None:
+    """The root of the repository that holds a directory.
+
+    Args:
+        here: The directory.
+
+    Returns:
+        None without one, or if it would be the home directory or `/`: a repository of settings makes no project of all that lies there.
+    """
     here = here.resolve()
     for directory in (here, *here.parents):
-        if directory == _home():
-            break  # a repository of settings in the home directory makes no project of all that lies there
+        if directory in (home_directory(), Path(directory.anchor)):
+            break
         if _is_repository(directory):
             return directory
-    return here
+    return None
 
 
 def read_config(path: Path) -> Config:
@@ -169,7 +206,7 @@ def _candidates(start: Path, here: Path) -> Iterator[Path]:
                 yield directory / NAME
             elif os.path.isfile(directory / SHARED) and _speaks_of_curvkit(directory / SHARED):
                 yield directory / SHARED
-            if _is_repository(directory) or directory.resolve() == _home():
+            if _is_repository(directory) or directory.resolve() == home_directory():
                 break
 
 
@@ -177,7 +214,12 @@ def _is_repository(directory: Path) -> bool:
     return os.path.exists(directory / ".git")
 
 
-def _home() -> Path | None:
+def home_directory() -> Path | None:
+    """The user's home, links followed.
+
+    Returns:
+        None for a user without one.
+    """
     try:
         return Path.home().resolve()
     except RuntimeError:  # a process of a user without an entry

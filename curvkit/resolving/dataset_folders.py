@@ -33,14 +33,23 @@ class Rows:
 
         Yields:
             One row after the other.
+
+        Raises:
+            UnknownObjective: If a mask is not as long as its ids.
         """
         for start in range(0, len(self.dataset), ROWS):
             rows = self.dataset[start : start + ROWS]
             masks = rows.get("attention_mask")
             for index, value in enumerate(rows[self.column]):
-                yield (
-                    value if masks is None else [token for token, kept in zip(value, masks[index], strict=True) if kept]
-                )
+                mask = masks[index] if masks is not None else None
+                if isinstance(value, list) and isinstance(mask, list) and len(mask) == len(value):
+                    value = [token for token, kept in zip(value, mask, strict=True) if kept]
+                elif masks is not None and isinstance(value, list):
+                    raise UnknownObjective(
+                        f"--data: row {start + index} has {len(value)} input_ids and another attention_mask "
+                        f"({'null' if mask is None else f'{mask!r:.40}'}). Write one 0 or 1 per id, and save it again."
+                    )
+                yield value
 
 
 def is_dataset(path: Path) -> bool:

@@ -30,14 +30,39 @@ def neighbours(reference: str, base: Path | None = None) -> Generator[None]:
         reference: As of `load_factory`.
         base: Likewise.
     """
-    place, base = reference.rpartition(":")[0], base or Path.cwd()
-    directory = str((base / place).resolve().parent if place.endswith(".py") else base.resolve())
+    directory = str(_directory(reference, base))
     sys.path.insert(0, directory)
     try:
         yield
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(directory)
+
+
+@contextlib.contextmanager
+def forgotten_neighbours(reference: str, base: Path | None = None) -> Generator[None]:
+    """Forget the modules that the user's code imported from its directory, so that the next one gets those of its own directory.
+
+    The objective keeps its references. What stays: modules that were there before, installed packages, curvkit, a directory that the
+    process itself imports from, and the module of a MODULE:FUNCTION with its packages, which has a name of its own.
+
+    Args:
+        reference: As of `load_factory`.
+        base: Likewise.
+    """
+    directory, before = _directory(reference, base), set(sys.modules)
+    others = [Path(entry).resolve() for entry in sys.path if entry]
+    installed = [path for path in (*others, Path(sys.prefix).resolve()) if path.is_relative_to(directory)]
+    place = reference.rpartition(":")[0]
+    try:
+        yield
+    finally:
+        for name in set() if directory in installed else set(sys.modules) - before:
+            if name.partition(".")[0] == "curvkit" or f"{place}.".startswith(f"{name}."):
+                continue
+            path = _source(sys.modules[name])
+            if path is not None and path.is_relative_to(directory) and not any(map(path.is_relative_to, installed)):
+                del sys.modules[name]
 
 
 def load_factory(reference: str, base: Path | None = None, *, said: str = "--objective") -> Callable[..., Any]:
@@ -156,6 +181,21 @@ def _value(key: str, text: str, kind: Any) -> Any:
         f"--set {key}={text}: not a value of type {shown}, which the function asks for. "
         "Only bool, int, float, str, Literal and None can be given here."
     )
+
+
+def _directory(reference: str, base: Path | None) -> Path:
+    place, base = reference.rpartition(":")[0], base or Path.cwd()
+    return (base / place).resolve().parent if place.endswith(".py") else base.resolve()
+
+
+def _source(module: Any) -> Path | None:
+    """The .py file of a module, or the folder of a package without one."""
+    file = getattr(module, "__file__", None)
+    if isinstance(file, str):
+        return Path(file).resolve() if file.endswith(".py") else None  # what is compiled cannot be imported twice
+    spec = getattr(module, "__spec__", None)
+    places = list(getattr(spec, "submodule_search_locations", None) or ())
+    return Path(places[0]).resolve() if places else None
 
 
 def _import_file(named: Path, base: Path | None, said: str) -> types.ModuleType:

@@ -178,6 +178,12 @@ def _check_size(path: Path, found: Any, config: Any, weights: Mapping[str, Tenso
             f"{path}: a {found.__name__} cannot be built from config.json ({reason_of(error)}). Take another copy of it, or name an "
             "objective with --objective FILE.py:FUNCTION."
         ) from error
+    for name, tensor in weights.items():
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
+            raise RefusedCheckpoint(
+                f"{path}: the weight {name!r} is {tensor.dtype}: quantised, with scales of its own that are not applied. Pass the "
+                "checkpoint before quantisation."
+            )
     own = {id(parameter): parameter.numel() for parameter in skeleton.parameters()}
     wanted, there = sum(own.values()), sum(tensor.numel() for tensor in weights.values())
     if wanted > 2 * there + 1_000_000:  # a tied head may be missing in the file

@@ -68,7 +68,7 @@ def loaded(path: Path, found: Any, config: Any, weights: Mapping[str, Tensor]) -
     _check_values(path, model, weights)
     left = sorted(set(told["unexpected_keys"]))
     notes = [f"left out, no part of a {found.__name__}: {_listed(left)}"] if left else []
-    if dtype not in floating:
+    if floating != {dtype}:
         halves = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in floating))
         notes.append(f"weights in {halves}, computed in {str(dtype).removeprefix('torch.')}")
     return model.eval(), tuple(notes)

@@ -86,7 +86,9 @@ def _calibration(language: LanguageModel, shape: Shape, tokenizer: Tokenizer | N
     try:
         if request.data is not None:
             source = f"--data {request.data.path}"
-            tokens = read_tokens(request.data, tokenizer, length=shape.length, count=shape.count)
+            tokens = read_tokens(
+                request.data, tokenizer, length=shape.length, count=shape.count, vocabulary=language.vocabulary
+            )
         elif tokenizer is None:
             raise NoTokenizer("--demo-data is text")
         else:

@@ -11,7 +11,7 @@ from curvkit.checkpoints import Checkpoint
 from curvkit.checkpoints.named_recipes import NamedRecipe
 from curvkit.checkpoints.trust import Trust
 from curvkit.errors import RefusedCheckpoint
-from curvkit.resolving.config import project_root
+from curvkit.resolving.config import home_directory, project_root, repository_around
 
 MARKS = ("curvkit.objective", "objective")
 """How the decorator looks in the source."""
@@ -53,7 +53,7 @@ def admitted_file(recipe: NamedRecipe, checkpoint: Checkpoint, trust: Trust, her
             f"{checkpoint.path}: its recipe names {recipe.objective!r}, which is no FILE.py:FUNCTION inside a project. {_nothing(name)}"
         )
     root = project_root(here)
-    if root in (_home(), Path(root.anchor)) and not trust.everything:
+    if root in (home_directory(), Path(root.anchor)) and not trust.everything:
         raise RefusedCheckpoint(
             f"{checkpoint.path}: its recipe names {recipe.objective}, and the current directory, {root}, is no project: downloads lie "
             f"below it, too. Change to the directory of the project. {_nothing(name)}"
@@ -73,7 +73,7 @@ def _candidates(
     relative: PurePosixPath, checkpoint: Checkpoint, trust: Trust, here: Path, root: Path
 ) -> Iterator[Path]:
     starts = [here.resolve()]
-    if trust.everything or (root / ".git").exists():
+    if trust.everything or repository_around(here) is not None:
         starts.append(checkpoint.path.resolve().parent)
     for start in starts:
         for directory in (start, *start.parents):
@@ -103,13 +103,6 @@ def _check(file: Path, name: str, recipe: NamedRecipe, checkpoint: Checkpoint, r
             f"{said} has no function {name} at its top level with @curvkit.objective above it. Write the mark there, save the checkpoint "
             f"again, or name the function yourself: --objective {_shown(file)}:{name}. Nothing was imported."
         )
-
-
-def _home() -> Path | None:
-    try:
-        return Path.home().resolve()
-    except RuntimeError:  # there is none
-        return None
 
 
 def _nothing(name: str) -> str:

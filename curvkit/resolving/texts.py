@@ -23,6 +23,10 @@ MOST_TOKENS = 4_000_000
 """More of ready ids is not read."""
 LONGEST_LINE = 64_000_000
 """Characters of one line of JSON."""
+LOOKED_AT = 1 << 16
+"""Numbers at the beginning of a .bin file of which the width is judged."""
+FEWEST_HALVES = 64
+"""With fewer of them nothing is concluded."""
 LINES = (".jsonl", ".ndjson")
 NOT_TEXT = {
     ".json": 'Write one object per line, each with a field "text", as .jsonl.',
@@ -69,7 +73,9 @@ class Tokens:
     notes: tuple[str, ...] = ()
 
 
-def read_tokens(data: TextData, tokenizer: Tokenizer | None, *, length: int, count: int) -> Tokens:
+def read_tokens(
+    data: TextData, tokenizer: Tokenizer | None, *, length: int, count: int, vocabulary: int | None = None
+) -> Tokens:
     """Read a user's data as ids.
 
     Args:
@@ -77,6 +83,7 @@ def read_tokens(data: TextData, tokenizer: Tokenizer | None, *, length: int, cou
         tokenizer: For texts; None if the checkpoint has none.
         length: T, of a window.
         count: N, windows that are wanted; of a .bin file no more is read than they need.
+        vocabulary: Ids that the model has; a .bin file holds 16-bit ids, and cannot hold those of more. None if it is not known.
 
     Returns:
         The ids; of a long text those of its beginning.
@@ -97,6 +104,7 @@ def read_tokens(data: TextData, tokenizer: Tokenizer | None, *, length: int, cou
         )
     suffix = path.suffix.lower()
     if suffix == ".bin":
+        _check_width(path, vocabulary)
         return _of_binary(path, length, count)
     if suffix in NOT_TEXT:
         raise UnknownObjective(f"--data {path}: {suffix} files are not read. {NOT_TEXT[suffix]}")
@@ -132,8 +140,13 @@ def _of_directory(data: TextData, tokenizer: Tokenizer | None) -> Tokens:
         found = _tokenized((str(text) for text in rows if text), tokenizer, str(data.path))
         return Tokens(found.ids, notes + found.notes)
     ids: list[int] = []
-    for row in rows:
-        ids += [int(token) for token in row]
+    for number, row in enumerate(rows):
+        if not isinstance(row, list) or not all(type(token) is int and -1 << 63 <= token < 1 << 63 for token in row):
+            raise UnknownObjective(
+                f"--data {data.path}: row {number} of input_ids is {_shown(row)}, not a list of whole numbers. Write one list of ids per "
+                "row, or a column of texts called 'text', and save it again."
+            )
+        ids += row
         if len(ids) >= MOST_TOKENS:
             notes += (f"the first {len(ids):,} tokens of {data.path.name}",)
             break
@@ -153,6 +166,33 @@ def _of_binary(path: Path, length: int, count: int) -> Tokens:
         return Tokens(_ids(path, 0, total))
     step = total // count
     return Tokens(torch.cat([_ids(path, index * step, length + 1) for index in range(count)]))
+
+
+def _check_width(path: Path, vocabulary: int | None) -> None:
+    """Refuse a file of 32-bit ids, whose halves would be read as ids: of small ids every second half is 0 or 1."""
+    if vocabulary is not None and vocabulary > 1 << 16:
+        raise UnknownObjective(
+            f"--data {path}: a .bin file holds 16-bit ids, and the model's vocabulary of {vocabulary:,} does not fit into them. Pass the "
+            "text as .txt or .jsonl, or the ids as a directory of datasets with a column input_ids."
+        )
+    head = _ids(path, 0, LOOKED_AT)
+    if len(head) // 2 >= FEWEST_HALVES and bool((head[1::2] <= 1).all()) and bool((head[::2] > 1).any()):
+        raise UnknownObjective(
+            f"--data {path}: it looks like 32-bit ids (every second 16-bit number is 0 or 1), and a .bin file of nanoGPT has 16-bit ones. "
+            "Write it with numpy.asarray(ids, dtype=numpy.uint16).tofile(path)."
+        )
+
+
+def _shown(row: object) -> str:
+    """A row that is no list of ids, or the first thing in it that is no id."""
+    if isinstance(row, list):
+        found = next(token for token in row if type(token) is not int or not -1 << 63 <= token < 1 << 63)
+        return f"a list with {_kind(found)}"
+    return _kind(row)
+
+
+def _kind(found: object) -> str:
+    return "null" if found is None else f"a {type(found).__name__} ({found!r:.40})"
 
 
 def _ids(path: Path, start: int, count: int) -> Tensor:
