@@ -39,30 +39,23 @@ def neighbours(reference: str, base: Path | None = None) -> Generator[None]:
             sys.path.remove(directory)
 
 
-@contextlib.contextmanager
-def forgotten_neighbours(reference: str, base: Path | None = None) -> Generator[None]:
-    """Forget the modules that the user's code imported from its directory, so that the next one gets those of its own directory.
+def forget_namesakes(reference: str, base: Path | None = None) -> None:
+    """Forget modules of other directories that have the name of a module beside the user's code, so that it gets its own.
 
-    The objective keeps its references. What stays: modules that were there before, installed packages, curvkit, a directory that the
-    process itself imports from, and the module of a MODULE:FUNCTION with its packages, which has a name of its own.
+    Two scripts may each have their own `net.py`; the second one, in the same process, would otherwise be given the first one's. What
+    the first one made keeps its references. What stays: compiled modules, and what is installed.
 
     Args:
         reference: As of `load_factory`.
         base: Likewise.
     """
-    directory, before = _directory(reference, base), set(sys.modules)
-    others = [Path(entry).resolve() for entry in sys.path if entry]
-    installed = [path for path in (*others, Path(sys.prefix).resolve()) if path.is_relative_to(directory)]
-    place = reference.rpartition(":")[0]
-    try:
-        yield
-    finally:
-        for name in set() if directory in installed else set(sys.modules) - before:
-            if name.partition(".")[0] == "curvkit" or f"{place}.".startswith(f"{name}."):
-                continue
-            path = _source(sys.modules[name])
-            if path is not None and path.is_relative_to(directory) and not any(map(path.is_relative_to, installed)):
-                del sys.modules[name]
+    directory = _directory(reference, base)
+    for name in list(sys.modules):
+        path, beside = _source(sys.modules[name]), directory.joinpath(*name.split("."))
+        if path is None or path.is_relative_to(directory) or _is_installed(name, path):
+            continue
+        if any(place.is_file() for place in _files(beside)) or (path.is_dir() and beside.is_dir()):
+            del sys.modules[name]
 
 
 def load_factory(reference: str, base: Path | None = None, *, said: str = "--objective") -> Callable[..., Any]:
@@ -186,6 +179,19 @@ def _value(key: str, text: str, kind: Any) -> Any:
 def _directory(reference: str, base: Path | None) -> Path:
     place, base = reference.rpartition(":")[0], base or Path.cwd()
     return (base / place).resolve().parent if place.endswith(".py") else base.resolve()
+
+
+def _is_installed(name: str, path: Path) -> bool:
+    """Whether a module is curvkit's own, or what an import finds under its name."""
+    if name.partition(".")[0] in ("curvkit", "curvkit_cli"):
+        return True
+    places = (Path(entry).resolve().joinpath(*name.split(".")) for entry in sys.path if entry)
+    return any(path in (place, *_files(place)) for place in places)
+
+
+def _files(place: Path) -> tuple[Path, Path]:
+    """Where the source of a module of this place may lie."""
+    return place.with_name(f"{place.name}.py"), place / "__init__.py"
 
 
 def _source(module: Any) -> Path | None:

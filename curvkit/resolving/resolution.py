@@ -18,7 +18,7 @@ from curvkit.losses.kinds import KnownLoss
 from curvkit.models import BUILDERS, build
 from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import random_state
-from curvkit.resolving.factories import call_factory, forgotten_neighbours, load_factory, neighbours
+from curvkit.resolving.factories import call_factory, forget_namesakes, load_factory, neighbours
 from curvkit.resolving.language_objectives import is_language_model, language_objective
 from curvkit.resolving.named_code import admitted_file
 from curvkit.resolving.request import Request
@@ -120,11 +120,8 @@ def _said(reference: Reference) -> str:
 
 
 def _from_reference(reference: Reference, given: Mapping[str, Any] | None = None) -> Objective:
-    with (
-        random_state(),
-        forgotten_neighbours(reference.reference, reference.base),
-        neighbours(reference.reference, reference.base),
-    ):
+    forget_namesakes(reference.reference, reference.base)
+    with random_state(), neighbours(reference.reference, reference.base):
         factory = load_factory(reference.reference, reference.base, said=reference.said)
         return call_factory(factory, reference.settings, given)
 
