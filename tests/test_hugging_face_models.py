@@ -268,7 +268,7 @@ def test_configurations_that_do_not_fit(tmp_path: Path):
             {"architectures": ["GPT2LMHeadModel"]},
             "architecture GPT2LMHeadModel and model_type 'llama', which do not belong",
         ),
-        ({"num_hidden_layers": 10**9}, "config.json has num_hidden_layers = 1,000,000,000, which no model has"),
+        ({"num_hidden_layers": 10**9}, "config.json has num_hidden_layers = 1,000,000,000, but"),
         ({"vocab_size": 10**9}, "config.json describes a LlamaForCausalLM of 32,"),
         ({"num_attention_heads": 3}, "LlamaForCausalLM"),
         ({"hidden_size": "wide"}, "LlamaForCausalLM"),
@@ -539,6 +539,11 @@ def test_an_adapter_on_its_base(tmp_path: Path):
     )
     with pytest.raises(UnknownObjective, match="a PROMPT_TUNING adapter adds tokens to the text"):
         resolve(prompts, asked(binary(tmp_path / "val.bin")))
+    newer = replace(checkpoint, config={**(checkpoint.config or {}), "use_future_scaling": True})
+    with pytest.raises(UnknownObjective, match=r"says use_future_scaling = True, which peft \S+ does not know"):
+        resolve(newer, asked(binary(tmp_path / "val.bin")))
+    off = replace(checkpoint, config={**(checkpoint.config or {}), "use_future_scaling": False})
+    assert resolve(off, asked(binary(tmp_path / "val.bin"))).objective.parameters.n == found.objective.parameters.n
     integers = {name: tensor.to(torch.int8) for name, tensor in checkpoint.weights.items()}
     with pytest.raises(RefusedCheckpoint, match="is torch.int8. Quantised weights have no curvature of their own"):
         resolve(replace(checkpoint, weights=integers), asked(binary(tmp_path / "val.bin")))

@@ -17,7 +17,7 @@ from oracles import classes, dense, normal, seeded
 from torch import Tensor, nn
 
 from curvkit import Objective, Recipe, save
-from curvkit.checkpoints import read
+from curvkit.checkpoints import fit, read
 from curvkit.errors import InvalidArgument, UnknownObjective
 from curvkit.losses import token_cross_entropy
 from curvkit.measures import SharpnessSettings, sharpness
@@ -304,3 +304,46 @@ def test_an_expanded_calibration_batch_is_saved_in_full(tmp_path: Path):
     recipe = read(tmp_path / "a.pt").recipe
     assert recipe is not None
     assert torch.equal(recipe["batch"]["x"], torch.ones(4, 2))
+
+
+def test_a_model_in_float64_is_measured_in_float64(tmp_path: Path):
+    """Oracle: the live model. Rounded to float32, the value would differ by 1e-7 of itself, and x would not fit the weights."""
+    with seeded():
+        model = build("mlp", {"sizes": [3, 5, 2], "activation": "tanh"}).double()
+    batch = {"x": normal(8, 3), "y": classes(8, num=2)}
+    save(
+        tmp_path / "a.pt",
+        model=model,
+        recipe=Recipe("mlp", {"sizes": [3, 5, 2], "activation": "tanh"}, "cross_entropy", batch),
+    )
+    found = resolve(read(tmp_path / "a.pt")).objective
+    live = Objective(model, F.cross_entropy, [(batch["x"], batch["y"])])
+    assert found.dtype == torch.float64
+    assert found.value() == live.value()
+
+
+def test_what_a_model_cannot_hold_is_said(tmp_path: Path):
+    model = nn.Linear(2, 2)
+    notes = fit(model, {name: tensor.double() + 1e-12 for name, tensor in model.state_dict().items()}, "a.pt")
+    assert notes == ("weights in float64 were rounded to the model's float32",)
+    assert fit(model, {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}, "a.pt") == ()  # exact
+
+
+def test_a_recipe_deeper_than_its_weights_is_refused_before_it_is_built(tmp_path: Path):
+    torch.save(
+        {
+            "model": {"w": torch.ones(1)},
+            "curvkit": {
+                "format": 1,
+                "recipe": {
+                    "builder": "decoder",
+                    "loss": "token_cross_entropy",
+                    "kwargs": {"vocabulary": 5, "width": 4, "depth": 10**9, "heads": 1, "context": 4},
+                    "batch": {"x": torch.ones(1, 4, dtype=torch.int64), "y": torch.ones(1, 4, dtype=torch.int64)},
+                },
+            },
+        },
+        tmp_path / "a.pt",
+    )
+    with pytest.raises(UnknownObjective, match="the recipe has depth = 1,000,000,000, but 1 weights are there"):
+        resolve(read(tmp_path / "a.pt"))

@@ -63,9 +63,26 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> tuple[s
         raise UnknownObjective(mismatch(source, missing, unexpected, shapes, len(own), len(weights)))
     _check_values(own, there, source)
     _check_tied(ties, there, source)
+    notes = (*_notes(matched), *_rounded(own, there))
     complete = {name: there[_source(name, ties, there)] for name in own}
     assign(model, own, complete, ties)
-    return _notes(matched)
+    return notes
+
+
+def precision(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype in which a model is built that says none of its own, so that no weight is rounded.
+
+    Args:
+        weights: Of a file.
+
+    Returns:
+        float64 if one of them is float64, else float32.
+
+    Example:
+        >>> precision({"a": torch.ones(1, dtype=torch.bfloat16)})
+        torch.float32
+    """
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in weights.values()) else torch.float32
 
 
 def _ties(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
@@ -117,6 +134,16 @@ def _check_values(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sour
             )
         if not whole:
             _check_finite(name, tensor, wanted, source)
+
+
+def _rounded(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Which weights lose digits in the model's dtype."""
+    pairs = {
+        (str(tensor.dtype).removeprefix("torch."), str(own[name].dtype).removeprefix("torch."))
+        for name, tensor in weights.items()
+        if tensor.dtype.is_floating_point and torch.promote_types(tensor.dtype, own[name].dtype) != own[name].dtype
+    }
+    return tuple(f"weights in {theirs} were rounded to the model's {ours}" for theirs, ours in sorted(pairs))
 
 
 def _check_finite(name: str, tensor: Tensor, wanted: torch.dtype, source: str) -> None:

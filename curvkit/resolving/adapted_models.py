@@ -49,7 +49,7 @@ def adapt(base: LanguageModel, checkpoint: Checkpoint) -> LanguageModel:
     _check_values(path, checkpoint.weights)
     with quietly(), random_state():
         try:
-            config = _config(peft, described)
+            config = _config(peft, described, path)
             if config.is_prompt_learning:
                 raise UnknownObjective(
                     f"{path}: a {described.get('peft_type')} adapter adds tokens to the text, so that its logits are not those of the "
@@ -93,12 +93,19 @@ def _peft() -> Any:
     return peft
 
 
-def _config(peft: Any, described: Mapping[str, Any]) -> Any:
+def _config(peft: Any, described: Mapping[str, Any], path: Path) -> Any:
     """The adapter's configuration, ready to be trained on, whose beginning touches the base in no way."""
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(described["peft_type"])]
     known = set(kind.__dataclass_fields__)
     harmless = {key: value for key, value in HARMLESS.items() if key in known and value is not None}
     dropped = {"auto_mapping", *(key for key, value in HARMLESS.items() if value is None)}
+    unknown = sorted(str(key) for key, value in described.items() if key not in (*known, *dropped) and value)
+    if unknown:
+        said = f"{unknown[0]} = {described[unknown[0]]!r:.80}"
+        raise UnknownObjective(
+            f"{path}: adapter_config.json says {said}, which peft {peft.__version__} does not know, so that the function "
+            "might be another one. Update it with pip install --upgrade peft."
+        )
     plain = {key: value for key, value in described.items() if key in known and key not in dropped}
     return kind(**{**plain, **harmless, "inference_mode": False})
 

@@ -13,6 +13,7 @@ from curvkit.checkpoints import Checkpoint
 from curvkit.checkpoints.trust import NOTHING, Trust
 from curvkit.errors import RefusedCheckpoint, UnknownObjective
 from curvkit.objectives.surroundings import random_state
+from curvkit.resolving.depth import refuse_too_deep
 from curvkit.resolving.hugging_face_weights import loaded, sources
 from curvkit.resolving.language_model import Kind, LanguageModel
 from curvkit.resolving.transformers_library import (
@@ -34,7 +35,6 @@ NOT_OURS = (
     "transformers_weights",
 )
 """Entries of a configuration that say how to run or where to find code and files, not what the model is."""
-MOST_LAYERS = 10_000
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
 
@@ -61,7 +61,7 @@ def build_hugging_face(checkpoint: Checkpoint, trust: Trust) -> LanguageModel:
     """
     path = checkpoint.path
     with quietly(), random_state():
-        found, config, kind = _chosen(path, dict(checkpoint.config or {}), trust)
+        found, config, kind = _chosen(path, _described(checkpoint), trust)
         _check_size(path, found, config, checkpoint.weights)
         model, notes = loaded(path, found, config, checkpoint.weights)
         _check_direction(path, model, kind)
@@ -81,13 +81,19 @@ def refuse_other_architectures(checkpoint: Checkpoint) -> str:
     Returns:
         The name of the class.
     """
-    described = dict(checkpoint.config or {})
+    described = _described(checkpoint)
     name = _architecture(described)
     if name is None or not name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")) or described.get("auto_map"):
         with quietly():
             found, _, _ = _chosen(checkpoint.path, described, NOTHING)
         return found.__name__
     return name
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    described = dict(checkpoint.config or {})
+    refuse_too_deep(f"{checkpoint.path}: config.json", described, len(checkpoint.weights))
+    return described
 
 
 def _chosen(path: Path, described: Mapping[str, Any], trust: Trust) -> tuple[Any, Any, Kind]:
@@ -164,12 +170,6 @@ def _of_directory(transformers: Any, path: Path, described: Mapping[str, Any], t
 
 def _check_size(path: Path, found: Any, config: Any, weights: Mapping[str, Tensor]) -> None:
     """Refuse a configuration of another size than the weights before memory is taken: on the meta device."""
-    for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-        layers = getattr(config, name, None)
-        if isinstance(layers, int) and layers > MOST_LAYERS:
-            raise UnknownObjective(
-                f"{path}: config.json has {name} = {layers:,}, which no model has. Take another copy of it."
-            )
     try:
         with torch.device("meta"):
             skeleton = found(config)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from curvkit.checkpoints import Checkpoint, fit
+from curvkit.checkpoints.fitting import precision
 from curvkit.errors import InvalidArgument, UnknownObjective
 from curvkit.models import GPT
+from curvkit.resolving.depth import refuse_too_deep
 from curvkit.resolving.language_model import LanguageModel
 
 ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
 NEEDED = ("n_layer", "n_head", "n_embd", "block_size")
-MOST_LAYERS = 10_000
 TRIANGLE = re.compile(r"(^|\.)attn\.bias$")
 """nanoGPT keeps the causal mask as a buffer where torch has no fused attention; `c_attn.bias` is another thing."""
 
@@ -52,15 +53,14 @@ def build_nanogpt(checkpoint: Checkpoint) -> LanguageModel:
             f"{path}: model_args has {', '.join(unknown)}, which nanoGPT's GPT does not take, so the model is another one. "
             "Name an objective with --objective FILE.py:FUNCTION."
         )
-    if isinstance(described["n_layer"], int) and described["n_layer"] > MOST_LAYERS:
-        raise UnknownObjective(f"{path}: model_args has n_layer = {described['n_layer']:,}, which no model has.")
+    refuse_too_deep(f"{path}: model_args", described, len(checkpoint.weights))
     try:
         with torch.device("meta"):
             model = GPT(**described)
     except InvalidArgument as error:
         raise UnknownObjective(f"{path}: its model_args make no model. {error}") from error
     weights, notes = _without_masks(checkpoint.weights, model.block_size)
-    notes += fit(model, weights, str(path))
+    notes += fit(model.to(precision(weights)), weights, str(path))
     model.restore_derived()
     vocabulary = model.lm_head.out_features
     return LanguageModel(

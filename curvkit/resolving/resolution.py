@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from curvkit.checkpoints import Checkpoint, Recipe, fit
+from curvkit.checkpoints.fitting import precision
 from curvkit.checkpoints.named_recipes import NamedRecipe
 from curvkit.checkpoints.recipes import LOSSES
 from curvkit.errors import InvalidArgument, UnknownObjective
@@ -18,6 +19,7 @@ from curvkit.losses.kinds import KnownLoss
 from curvkit.models import BUILDERS, build
 from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import random_state
+from curvkit.resolving.depth import refuse_too_deep
 from curvkit.resolving.factories import call_factory, forget_namesakes, load_factory, neighbours
 from curvkit.resolving.language_objectives import is_language_model, language_objective
 from curvkit.resolving.named_code import admitted_file
@@ -141,11 +143,12 @@ def _from_recipe(checkpoint: Checkpoint) -> tuple[Objective, tuple[str, ...]]:
     """The objective, and what is to be said of how the weights fit."""
     try:
         recipe = Recipe.from_dict(checkpoint.recipe or {})
+        refuse_too_deep(f"{checkpoint.path}: the recipe", recipe.kwargs, len(checkpoint.weights))
         with random_state(), torch.device("meta"):  # whatever sizes it asks for, no memory is taken
             model = build(recipe.builder, recipe.kwargs)
     except InvalidArgument as error:
         raise UnknownObjective(_unusable(checkpoint, error)) from error
-    notes = fit(model, checkpoint.weights, str(checkpoint.path))
+    notes = fit(model.to(precision(checkpoint.weights)), checkpoint.weights, str(checkpoint.path))
     restore = getattr(model, "restore_derived", None)
     if restore is not None:
         restore()
