@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from curvkit.errors import InvalidArgument
+from curvkit.errors import CurvkitError, InvalidArgument
 
+from .environment import variable
+from .failures import as_typed
 from .groups import Option, option
+from .idle import refuse_idle
 
 if TYPE_CHECKING:
     from curvkit.resolving.config import Config
@@ -42,11 +46,30 @@ class ConfiguredCommand(click.Command):
             if found is not None:
                 ctx.default_map = _defaults(ctx, found)
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except click.BadParameter as error:
-            found, name = ctx.meta.get(FOUND), getattr(error.param, "name", None)
-            if found is not None and name and ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP:
-                raise click.BadParameter(f"{error.message} It is set in {found.path}.", ctx, error.param) from error
+            traced = _traced(ctx, error)
+            if traced is error:
+                raise
+            raise traced from error
+        if not ctx.resilient_parsing:
+            refuse_idle(ctx)
+        return rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what is refused is said in its own words, and where an option was set that was not typed."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            error.message += _origins(ctx, error.message)
+            raise
+        except CurvkitError as error:
+            text = as_typed(error).replace("curvkit sharpness ", f"curvkit {ctx.info_name} ")
+            text += _origins(ctx, text)
+            if text != str(error):
+                error.args = (text,)
+                if isinstance(error, ImportError):
+                    error.msg = text
             raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -96,6 +119,32 @@ CONFIG = option(
     help="Configuration.  [default: nearest curvkit.toml or [tool.curvkit] in pyproject.toml]",
 )
 NO_CONFIG = option("--no-config", is_flag=True, help="Use no configuration.")
+
+
+def _traced(ctx: click.Context, error: click.BadParameter) -> click.BadParameter:
+    """The same error of a value that was not typed, with the place that has it."""
+    found, option = ctx.meta.get(FOUND), error.param
+    source = ctx.get_parameter_source(option.name or "") if option is not None else None
+    if option is not None and source is ParameterSource.ENVIRONMENT:
+        return click.BadParameter(error.message, ctx, option, f"the variable {variable(option, ctx)}")
+    if found is not None and source is ParameterSource.DEFAULT_MAP:
+        return click.BadParameter(f"{error.message} It is set in {found.path}.", ctx, option)
+    return error
+
+
+def _origins(ctx: click.Context, text: str) -> str:
+    """Sentences for the options in a text that were not typed: where they are set."""
+    found, made = ctx.meta.get(FOUND), ""
+    for option in ctx.command.params:
+        flags = [name for name in option.opts if name.startswith("--") and re.search(rf"(?<![\w-]){name}(?![\w-])", text)]
+        if not flags:
+            continue
+        flag, source = flags[0], ctx.get_parameter_source(option.name or "")
+        if source is ParameterSource.ENVIRONMENT:
+            made += f" {flag} is set by the variable {variable(option, ctx)}."
+        elif source is ParameterSource.DEFAULT_MAP and found is not None:
+            made += f" {flag} is set in {found.path}."
+    return made
 
 
 def _defaults(ctx: click.Context, config: Config) -> dict[str, Any]:

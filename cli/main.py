@@ -18,6 +18,7 @@ from curvkit.errors import (
 )
 
 from . import failures
+from .commands.compare import compare
 from .commands.completion import completion
 from .commands.demo import demo
 from .commands.doctor import doctor
@@ -25,6 +26,7 @@ from .commands.init import init
 from .commands.inspect import inspect
 from .commands.sharpness import sharpness
 from .commands.trace import trace
+from .environment import warn_of_unknown
 from .failures import say
 from .interrupts import INTERRUPTED, Interrupted, conclude, watched
 
@@ -50,6 +52,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was typed."""
+        warn_of_unknown(ctx)
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
@@ -66,6 +69,7 @@ def curvkit() -> None:
     curvkit inspect demo-run/final.pt       what is in the file?
     curvkit sharpness demo-run/final.pt     how sharp is it?
     curvkit trace demo-run/final.pt         how much curvature in all, and in which layer?
+    curvkit compare demo-run/*.pt           which checkpoint is flatter, at equal loss?
     curvkit init my.pt                      write the function that a checkpoint of your own needs
 
     Exit codes: 0 done, 1 failed while running, 2 typed wrong, 3 model, loss or data unknown or not fitting, 4 file refused or
@@ -76,6 +80,7 @@ def curvkit() -> None:
 curvkit.add_command(inspect)
 curvkit.add_command(sharpness)
 curvkit.add_command(trace)
+curvkit.add_command(compare)
 curvkit.add_command(init)
 curvkit.add_command(demo)
 curvkit.add_command(doctor)

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import click
 from click.core import ParameterSource
 
+from curvkit.resolving.config import VARIABLE
+
 from . import render
 from .data import Data
 from .failures import harmless, say
 from .output import Output
 from .progress import ProgressLine
 from .records import NOTES, READ, identified
-from .target import ENVIRONMENT, Target
+from .target import Target
 
 if TYPE_CHECKING:
     from curvkit.checkpoints import Checkpoint
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from curvkit.resolving.request import Request
 
 NOT_CONVERGED = 5
+MOST_TIED = 4
+"""Groups of tied weights that are named."""
 
 
 class Result(Protocol):
@@ -84,6 +88,9 @@ def _choices(checkpoint: Checkpoint) -> Iterator[str]:
     """What was done with the names and the sets of weights in the file."""
     if checkpoint.removed:
         yield f"{', '.join(checkpoint.removed)} taken from the names of the weights"
+    if checkpoint.tied:
+        more = f"; and {len(checkpoint.tied) - MOST_TIED} more" if len(checkpoint.tied) > MOST_TIED else ""
+        yield f"tied: {'; '.join(' = '.join(names) for names in checkpoint.tied[:MOST_TIED])}{more}"
     if "ema" in checkpoint.variants:
         yield "the weights of the last step; the averaged ones, which are there too, are taken with --ema"
 
@@ -102,7 +109,7 @@ def _request(ctx: click.Context, target: Target, data: Data) -> Request:
     from curvkit.resolving.request import Request, TextData
 
     configured = target.config.objective if target.config is not None else None
-    passed = ctx.get_parameter_source("objective") is ParameterSource.ENVIRONMENT and ENVIRONMENT in os.environ
+    passed = ctx.get_parameter_source("objective") is ParameterSource.ENVIRONMENT and VARIABLE in os.environ
     function = target.objective is not None or configured is not None
     text = None
     if data.data is not None and (_typed(ctx, "data") or not function):

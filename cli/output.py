@@ -22,6 +22,13 @@ class Output:
     color: str
 
 
+@dataclass(frozen=True)
+class Lasting(Output):
+    """Of a run that may take long: it can be cut short and gone on with."""
+
+    resume: bool
+
+
 FORMAT = option(
     "--format",
     type=click.Choice(["auto", "table", "plain", "json"]),
@@ -34,23 +41,34 @@ PLAIN = option("--plain", "format", flag_value="plain", help="Same as --format p
 COLOR = option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
 
 
+OPTIONS = (
+    FORMAT,
+    JSON,
+    PLAIN,
+    option(
+        "-o",
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="Also write the JSON document into DIR.",
+    ),
+    option("--fresh", is_flag=True, help="With -o: replace an earlier result."),
+    option("--strict", is_flag=True, help="Exit with 5 if not converged."),
+    option("-q", "--quiet", is_flag=True, help="No progress and notes on stderr."),
+    COLOR,
+)
+RESUME = option(
+    "--resume",
+    is_flag=True,
+    help="With -o: go on with the run that was cut short there; if it is complete, show it again; if there is none, begin.",
+)
+
+
 def output(command: Command) -> Command:
     """Format and files."""
-    return grouped(
-        Output,
-        "Output",
-        FORMAT,
-        JSON,
-        PLAIN,
-        option(
-            "-o",
-            "--out",
-            type=click.Path(file_okay=False, path_type=Path),
-            metavar="DIR",
-            help="Also write the JSON document into DIR.",
-        ),
-        option("--fresh", is_flag=True, help="With -o: replace an earlier result."),
-        option("--strict", is_flag=True, help="Exit with 5 if not converged."),
-        option("-q", "--quiet", is_flag=True, help="No progress and notes on stderr."),
-        COLOR,
-    )(command)
+    return grouped(Output, "Output", *OPTIONS)(command)
+
+
+def lasting(command: Command) -> Command:
+    """Format and files of a run that can be resumed."""
+    return grouped(Lasting, "Output", *OPTIONS[:4], RESUME, *OPTIONS[4:])(command)

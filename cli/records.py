@@ -18,6 +18,8 @@ from .target import Target
 if TYPE_CHECKING:
     from curvkit.resolving import Resolved
 
+    from .running import Measurement
+
 READ = "curvkit.read"
 """Where a context keeps what `identified` said of the checkpoint and of its base when they were read."""
 OTHERS = re.compile(r"\.|checkpoint-\d+$")
@@ -54,6 +56,35 @@ def describe(ctx: click.Context, target: Target, resolved: Resolved) -> dict[str
         **({"notes": notes} if notes else {}),
         "peak_memory_bytes": results.peak_memory(),
     }
+
+
+def run(ctx: click.Context, target: Target, resolved: Resolved, it: Measurement[Any]) -> dict[str, Any]:
+    """What must be the same for a run to be gone on with: all that a number depends on but its seed, its plan and the machine."""
+    from curvkit import results
+    from curvkit.objectives.data import fingerprint
+
+    objective, (_, read) = resolved.objective, ctx.meta[READ]
+    source = _objective_source(target)
+    return results.plain(
+        {
+            "measurement": it.name,
+            "checkpoint": _digests(read),
+            "weights": target.key or ("ema" if target.ema else None),
+            "objective": source.get("sha256") or results.without_folders(resolved.source),
+            "arguments": [f"{key}={value}" for key, value in target.set],
+            "data": [fingerprint(objective.batches), resolved.tokens_digest],
+            "parameters": [entry.name for entry in objective.parameters.entries] if target.params else "all",
+            "model": {"mode": target.mode, "dtype": str(objective.dtype), "device": str(objective.device)},
+            "settings": it.settings,
+            "cross_check": it.cross_check,
+        }
+    )
+
+
+def _digests(read: dict[str, Any]) -> dict[str, Any]:
+    """Without the name of the checkpoint, which may move."""
+    base = read.get("base")
+    return {"digest": read.get("digest") or read["files"], **({"base": _digests(base)} if base else {})}
 
 
 def identified(checkpoint: Path, base: Path | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .progress import counted, duration, styled
 
 if TYPE_CHECKING:
     from curvkit.measures import Sharpness
+    from curvkit.operators import Plan
     from curvkit.operators.preflight import Preflight
 
 WHICH = {
@@ -130,7 +131,7 @@ def remarks(result: Sharpness) -> list[tuple[str, str]]:
         ("what", f"the {f'{count} ' if count > 1 else ''}{what} of the Hessian at this checkpoint"),
         ("definition", str(result.definition)),
         ("at", f"loss {result.loss:.6g} · gradient norm {result.gradient_norm:.3g}"),
-        *derivatives(result.preflight),
+        *derivatives(result.preflight, result.plan),
         *_residuals(result),
         ("missed", _missed(result)),
         *_data(result),
@@ -163,8 +164,12 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def derivatives(found: Preflight | None) -> list[tuple[str, str]]:
-    """What the check of second derivatives says, unless a note says it."""
+def derivatives(found: Preflight | None, plan: Plan) -> list[tuple[str, str]]:
+    """What the check of second derivatives says, unless a note says it; differences of gradients have none to check."""
+    from curvkit.operators.difference import DifferenceGraph
+
+    if plan.rule == DifferenceGraph.rule:
+        return [("derivatives", "differences of gradients in float64, at two steps that must agree")]
     if found is None:
         return [("derivatives", "not checked: --no-preflight")]
     return [("derivatives", str(found))] if found.verdict == "right" else []

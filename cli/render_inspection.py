@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from curvkit.checkpoints.optimizer_summary import OptimizerSummary
 
 COLUMNS = ("group", "tensors", "numbers", "size", "dtype")
-LANGUAGE_MODELS = ("Hugging Face", "nanoGPT", "adapter")
-"""How kinds begin whose model is known, and which need data alone."""
 
 
 def table(found: Inspection, color: str) -> None:
@@ -66,7 +63,9 @@ def document(found: Inspection) -> str:
 def remarks(found: Inspection) -> list[tuple[str, str]]:
     """What stands below the parts."""
     made: list[tuple[str, str]] = []
-    if found.refusal is not None:
+    if found.refusal is not None and found.next is not None:
+        made.append(("unclear", found.refusal))
+    elif found.refusal is not None:
         made.append(("refused", f"it is not read: {found.refusal}"))
         if not all(name in found.refusal for name in found.refused_globals):
             made.append(("refers to", listed(found.refused_globals, 20)))
@@ -90,8 +89,8 @@ def remarks(found: Inspection) -> list[tuple[str, str]]:
         made.append(("recipe", found.recipe))
     made.append(("checksum", found.checksum))
     made += [("note", note) for note in found.notes]
-    if found.refusal is None:
-        made.append(("next", _next(found)))
+    if found.next is not None:
+        made.append(("next", found.next))
     return [(name, harmless(text)) for name, text in made]
 
 
@@ -125,15 +124,6 @@ def _optimizer(state: OptimizerSummary) -> str:
     if state.step is not None:
         parts.append(f"after {counted(state.step, 'step')}")
     return " · ".join(parts)
-
-
-def _next(found: Inspection) -> str:
-    path = shlex.quote(str(found.path))
-    if found.recipe is not None:
-        return f"curvkit sharpness {path}"
-    if found.kind.startswith(LANGUAGE_MODELS):
-        return f"curvkit sharpness {path} --data val.txt"
-    return f"curvkit init {path}"
 
 
 def _path(found: Inspection) -> str:

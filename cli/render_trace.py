@@ -16,6 +16,8 @@ from .render import derivatives, digits, listed, print_remarks, tab_separated
 if TYPE_CHECKING:
     from curvkit.measures import Trace, TraceShare
 
+BY_STRUCTURE = "by structure, without products: the gradient of every example for every output"
+
 
 def table(result: Trace, title: str, by: str, color: str) -> None:
     """Print the table with everything that must stand beside the numbers; where it does not fit, a line per number."""
@@ -36,8 +38,8 @@ def table(result: Trace, title: str, by: str, color: str) -> None:
     if console.measure(grid).maximum + 1 <= console.width:
         console.print(Padding(grid, (0, 0, 0, 1)))
     else:
-        for name, parameters, value, error, share, mean in lines:
-            console.print(Text(f" {name}  {parameters} parameters", overflow="fold"))
+        for (name, _, value, error, share, mean), each in zip(lines, _rows(result, by), strict=True):
+            console.print(Text(f" {name}  {counted(each.parameters, 'parameter')}", overflow="fold"))
             console.print(Text(f"   {value} ± {error}  {share}  {mean} per parameter", overflow="fold"))
         console.print(Text.assemble(" total  ", total, f" ± {_error(found.stderr)}"))
     print_remarks(console, remarks(result))
@@ -75,7 +77,7 @@ def remarks(result: Trace) -> list[tuple[str, str]]:
         ("definition", str(result.definition)),
         *([("unit", f"{result.unit}; the trace is in that per parameter squared")] if result.unit else []),
         ("at", f"loss {result.loss:.6g} · gradient norm {result.gradient_norm:.3g}"),
-        *derivatives(result.preflight),
+        *derivatives(result.preflight, result.plan),
         ("method", _method(result)),
         ("cost", f"{_cost(result)} · {duration(result.seconds)}"),
         ("engine", f"{result.plan} · seed {result.seed}"),
@@ -94,12 +96,11 @@ def remarks(result: Trace) -> list[tuple[str, str]]:
 def _cost(result: Trace) -> str:
     """Products of the estimate, and those that checked others."""
     found = result.estimate
+    if result.by_structure:
+        return f"{BY_STRUCTURE}; a few products on four examples checked that it is right"
     checks = result.products - found.products
-    if found.products == 0 and found.exact:
-        return (
-            "the gradient of every example for every output; a few products on four examples checked that it is right"
-        )
-    return counted(found.products, "product") + (f" + {checks} that check symmetry and rounding" if checks else "")
+    checking = f" + {checks} that {'checks' if checks == 1 else 'check'} symmetry and rounding" if checks else ""
+    return counted(found.products, "product") + checking
 
 
 def _rows(result: Trace, by: str) -> tuple[TraceShare, ...]:
@@ -138,7 +139,8 @@ def _interval(result: Trace) -> str:
         return f"nothing is known yet: {whole}"
     low, high = digits(found.low, found.half_width), digits(found.high, found.half_width)
     relative = f", ± {found.half_width / abs(found.value):.2g} of the value" if found.value else ""
-    few = "" if found.probes >= 30 else f"; {found.probes} probes are few for that, 30 are the least that count"
+    several = f"{counted(found.probes, 'probe')} {'is' if found.probes == 1 else 'are'} few for that"
+    few = "" if found.probes >= 30 else f"; {several}, 30 are the least that count"
     known = "" if found.rounding is None else f", ± {found.rounding:.1g} for rounding included"
     return f"[{low}, {high}] holds the trace for this data with probability {found.confidence:.0%} over the probes{relative}{known}{few}"
 
@@ -146,5 +148,5 @@ def _interval(result: Trace) -> str:
 def _method(result: Trace) -> str:
     found = result.estimate
     sampled = f", {counted(found.probes, 'probe')}" if found.probes else ""
-    exact = f", {found.rank} dimensions exactly" if found.rank and not found.exact else ""
+    exact = f", {counted(found.rank, 'dimension')} exactly" if found.rank and not found.exact else ""
     return f"{found.method}{exact}{sampled} ({found.reason})"

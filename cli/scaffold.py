@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .guesses import LONGEST, Guess, printable
+
 OBJECTIVE, CONFIG, FUNCTION = "curvkit_objective.py", "curvkit.toml", "objective"
-MOST_NAMES, MOST_SETTINGS, LONGEST = 40, 16, 120
+MOST_NAMES, MOST_SETTINGS = 40, 16
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 TAKEN = {
     "torch",
@@ -24,13 +26,13 @@ TAKEN = {
     "token_cross_entropy",
     "make_model",
     "make_data",
+    "loss",
     FUNCTION,
     "draw",
     "inputs",
     "targets",
 }
 """Names that an argument of the function would hide."""
-EMBEDDING = re.compile(r"emb|wte|tok", re.IGNORECASE)
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
 TEMPLATE = '''\
@@ -60,7 +62,7 @@ def make_data():
     draw = torch.Generator().manual_seed(0)
 {data}
     return list(zip(inputs.split(16), targets.split(16)))
-
+{definition}
 
 @curvkit.objective
 def {function}({signature}):
@@ -92,6 +94,8 @@ class Found:
         settings: Hyper-parameters and whatever else the file says of the model.
         optimizer: One line; empty if there is none.
         removed: Prefixes that were taken from the names.
+        architecture: Class of transformers that config.json names; empty if there is none.
+        directory: Where that config.json lies.
     """
 
     checkpoint: str
@@ -100,12 +104,14 @@ class Found:
     settings: Mapping[str, Any] = field(default_factory=dict)
     optimizer: str = ""
     removed: Sequence[str] = ()
+    architecture: str = ""
+    directory: str = ""
 
 
 def objective_file(found: Found) -> str:
     """The Python file: a skeleton that runs once make_model() returns the model."""
     arguments = _arguments(found.settings)
-    outputs, tokens = _outputs(found.shapes), _takes_tokens(found.shapes)
+    guess = Guess.of(found.shapes, found.architecture)
     return TEMPLATE.format(
         checkpoint=_quotable(found.checkpoint),
         file=OBJECTIVE,
@@ -114,9 +120,10 @@ def objective_file(found: Found) -> str:
         signature=", ".join(f"{name}: {type(value).__name__} = {value!r}" for name, value in arguments.items()),
         call=", ".join(arguments),
         suggestion="\n".join(f"    # {line}" for line in _suggestions(found, arguments)),
-        data="\n".join(f"    {line}" for line in _data(found.shapes, outputs)),
-        imports="from curvkit.losses import token_cross_entropy\n" if tokens else "",
-        loss="token_cross_entropy" if tokens else "F.cross_entropy" if outputs > 1 else "F.mse_loss",
+        data="\n".join(f"    {line}" for line in guess.data()),
+        imports=f"{guess.imports}\n" if guess.imports else "",
+        loss=guess.loss,
+        definition=guess.definition,
     )
 
 
@@ -125,12 +132,6 @@ def config_file(found: Found) -> str:
     arguments = _arguments(found.settings)
     lines = "".join(f"\n# {name} = {_toml(value)}" for name, value in arguments.items())
     return SETTINGS.format(file=OBJECTIVE, function=FUNCTION, settings=lines)
-
-
-def printable(text: object, most: int = LONGEST) -> str:
-    """A text of a stranger's as part of a comment: one line, no control characters, not endless."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: 4 * most])
-    return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
 def _facts(found: Found) -> Iterator[str]:
@@ -154,6 +155,11 @@ def _facts(found: Found) -> Iterator[str]:
 
 def _suggestions(found: Found, arguments: Mapping[str, Any]) -> Iterator[str]:
     """How the model may be made; comments, since nothing that a checkpoint names is imported."""
+    if found.architecture.isidentifier() and found.architecture.isascii():
+        kind = printable(found.architecture)
+        yield f"from transformers import AutoConfig, {kind}"
+        yield f"return {kind}(AutoConfig.from_pretrained({printable(repr(found.directory))}, local_files_only=True))"
+        return
     named = found.settings.get("_class_path")
     call = ", ".join(f"{name}={name}" for name in arguments)
     if isinstance(named, str) and DOTTED.fullmatch(named):
@@ -161,7 +167,7 @@ def _suggestions(found: Found, arguments: Mapping[str, Any]) -> Iterator[str]:
         yield f"The checkpoint names: from {printable(module)} import {printable(kind)}"
         yield f"return {printable(kind)}({printable(call)})"
     elif isinstance(arch := found.settings.get("arch"), str) and arch.isidentifier():
-        yield f'It may be timm: import timm; return timm.create_model("{printable(arch)}", num_classes={_outputs(found.shapes)})'
+        yield f'It may be timm: import timm; return timm.create_model("{printable(arch)}", num_classes={Guess.of(found.shapes).outputs})'
     else:
         yield f"from train import Net; return Net({printable(call)})"
 
@@ -206,34 +212,3 @@ def _toml(value: bool | int | float | str) -> str:
 def _quotable(text: str) -> str:
     """Within a docstring: nothing that could end it or escape."""
     return printable(text.replace("\\", "/").replace('"', "'"), 2 * LONGEST)
-
-
-def _matrices(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
-    return [(name, shape) for name, shape in shapes.items() if len(shape) >= 2 and 0 not in shape]
-
-
-def _outputs(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Rows of the last matrix: the classes, if it is the last layer."""
-    matrices = _matrices(shapes)
-    return matrices[-1][1][0] if matrices else 1
-
-
-def _takes_tokens(shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether the first matrix looks like an embedding of tokens."""
-    first, shape = next(iter(_matrices(shapes)), ("", ()))
-    return len(shape) == 2 and EMBEDDING.search(first) is not None
-
-
-def _data(shapes: Mapping[str, Sequence[int]], outputs: int) -> Iterator[str]:
-    """Random inputs and targets of the shapes that the first and the last layer suggest."""
-    first, shape = next(iter(_matrices(shapes)), ("", (1, 1)))
-    if _takes_tokens(shapes):
-        yield f"inputs = torch.randint({shape[0]}, (32, 16), generator=draw)  # guessed from {printable(first, 60)}"
-        yield f"targets = torch.randint({shape[0]}, (32, 16), generator=draw)"
-        return
-    size = {3: ", 64", 4: ", 32, 32", 5: ", 8, 32, 32"}.get(len(shape), "")
-    yield f"inputs = torch.randn(32, {shape[1]}{size}, generator=draw)  # guessed from {printable(first or 'nothing', 60)}"
-    if outputs > 1:
-        yield f"targets = torch.randint({outputs}, (32,), generator=draw)"
-    else:
-        yield "targets = torch.randn(32, 1, generator=draw)"

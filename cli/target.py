@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from curvkit.resolving.config import VARIABLE
+
 from .configured import CONFIG, NO_CONFIG
 from .groups import Command, grouped, option
 from .values import Assignment, ClassName
@@ -43,10 +45,22 @@ class Target:
         return Trust(self.trust, self.allow)
 
 
-ENVIRONMENT = "CURVKIT_OBJECTIVE"
-"""What names the objective of every command, behind the flag and before a configuration."""
 KEY = option("--key", metavar="NAME", help="Take the weights under this key of the file.")
 EMA = option("--ema", is_flag=True, help="Take the averaged weights; their optimizer state belongs to the raw ones.")
+ALLOW = option(
+    "--allow",
+    type=ClassName(),
+    multiple=True,
+    metavar="CLASS",
+    allow_from_autoenv=False,
+    help="Let the file hold objects of this class, e.g. train.Config; it is imported.",
+)
+TRUST = option(
+    "--trust",
+    is_flag=True,
+    allow_from_autoenv=False,
+    help="Let the file run code. Only for files whose author you trust.",
+)
 
 
 def target(command: Command) -> Command:
@@ -60,26 +74,14 @@ def target(command: Command) -> Command:
         option(
             "--objective",
             metavar="FILE.py:FUNC",
-            envvar=ENVIRONMENT,
+            envvar=VARIABLE,
             help="Function that returns curvkit.Objective(model, loss, data).",
         ),
         option("--set", type=Assignment(), multiple=True, metavar="K=V", help="Argument of that function."),
         CONFIG,
         NO_CONFIG,
-        option(
-            "--allow",
-            type=ClassName(),
-            multiple=True,
-            metavar="CLASS",
-            allow_from_autoenv=False,
-            help="Let the file hold objects of this class, e.g. train.Config; it is imported.",
-        ),
-        option(
-            "--trust",
-            is_flag=True,
-            allow_from_autoenv=False,
-            help="Let the file run code. Only for files whose author you trust.",
-        ),
+        ALLOW,
+        TRUST,
         option("--params", multiple=True, metavar="GLOB", help="Only parameters whose name matches, e.g. 'head.*'."),
         option(
             "--mode",

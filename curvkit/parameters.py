@@ -149,12 +149,12 @@ class ParameterSpace:
         """Join tensors that are already in order to one vector [n]; no checks, one copy.
 
         Args:
-            tensors: One per entry, in order.
+            tensors: One per entry, in order; sparse gradients are made dense.
 
         Returns:
             [n].
         """
-        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+        return torch.cat([(tensor.to_dense() if tensor.is_sparse else tensor).reshape(-1) for tensor in tensors])
 
     def split(self, flat: Tensor) -> Iterator[Tensor]:
         """Cut a vector into parameter-shaped views, in order.

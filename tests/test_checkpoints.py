@@ -72,7 +72,7 @@ def test_a_training_dict_under_each_key(path: Path, key: str):
     assert found.step == 7
     assert found.optimizer is not None
     assert found.keys == (key, "optimizer", "step")
-    assert str(found) == "training dict · 4 tensors, 51 numbers, float32 · step 7 · optimizer with lr 0.0003"
+    assert str(found) == "training dict · 4 tensors, 51 numbers, float32 · step 7 · AdamW with lr 0.0003"
 
 
 def test_the_first_of_several_keys_wins(path: Path):

@@ -80,6 +80,27 @@ def test_no_token_that_counts():
     assert (total.item(), count) == (0.0, 0)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda y: y.clamp(0) + V, "10 of 10 targets are no class: 7, .*, where the classes are 0 to 6. Number the classes"),
+        (lambda y: torch.where(y == -100, -1, y), "1 of 10 targets is no class: -1, where .*ignore_index, here -100"),
+        (lambda y: y.int(), "targets of torch.int32 are no indices of classes. Pass int64, for example targets.long"),
+    ],
+)
+def test_targets_that_are_no_class_are_refused(change: Any, said: str):
+    h, W, _, y = inputs()
+    with pytest.raises(InvalidArgument, match=f"^chunked_token_cross_entropy: {said}"):
+        chunked_token_cross_entropy(h, W, change(y))
+
+
+def test_another_ignore_index_does_not_let_the_usual_one_through():
+    """Torch's loss, which the chunks call, would leave -100 out of the sum, though it is counted."""
+    h, W, _, y = inputs()
+    with pytest.raises(InvalidArgument, match="1 of 10 targets is no class: -100, where .*ignore_index, here 3"):
+        chunked_token_cross_entropy(h, W, y, ignore_index=3)
+
+
 def test_third_derivatives_are_refused():
     h, W, _, y = inputs()
     h.requires_grad_()

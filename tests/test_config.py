@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from curvkit.errors import InvalidArgument, RefusedCheckpoint
-from curvkit.resolving.config import Config, find_config, project_root, read_config
+from curvkit.resolving.config import Config, find_config, read_config
+from curvkit.resolving.projects import project_root
 
 TEXT = 'objective = "train.py:objective"\n'
 
@@ -202,7 +203,8 @@ def test_below_a_directory_that_is_no_repository_a_configuration_may_be_a_downlo
 
 
 def test_the_root_of_the_file_system_is_no_project(project: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("curvkit.resolving.config._is_repository", lambda directory: directory == Path("/"))
+    for module in ("config", "projects"):
+        monkeypatch.setattr(f"curvkit.resolving.{module}.is_repository", lambda directory: directory == Path("/"))
     path = written(project / "runs" / "curvkit.toml")
     with pytest.raises(RefusedCheckpoint, match="below the current directory, /, which is no repository"):
         find_config(path.parent / "first" / "ckpt.pt", None, Path("/"))

@@ -76,8 +76,9 @@ def test_files(tmp_path: Path, kind: str):
         ),
         (
             b"\x80\x04\x95",
-            "a bare pickle, not a file that torch.save wrote. Unpickling runs code, so it is not opened.",
+            "a bare pickle, not a file that torch.save wrote. Unpickling runs code, so it is not opened, with --trust neither.",
         ),
+        (b"\x80\x17\x03\x9a\x00\xff\x12\x08", "not a checkpoint: it begins with b'\\x80\\x17\\x03"),
         (b"hello, this is text", "not a checkpoint: it begins with b'hello, t', but torch.save writes a zip archive."),
         (b"\x00", "not a checkpoint: it begins with b'\\x00', but torch.save writes a zip archive."),
         (b"", "the file is empty. Saving was interrupted; take an earlier checkpoint."),
@@ -193,6 +194,8 @@ def test_a_folder_of_the_cache(tmp_path: Path):
             ("step_9.pt", "step_10.pt", "notes.txt"),
             "a directory with step_9.pt, step_10.pt. Pass one of them, for example {}/step_10.pt",
         ),
+        (("last.pt",), "a directory with last.pt. Pass it: {}/last.pt"),
+        (("a.pt", "optimizer.pt", "training_args.bin"), "Pass one of them, for example {}/a.pt"),
         (
             tuple(f"{i}.ckpt" for i in range(6)),
             "a directory with 0.ckpt, 1.ckpt, 2.ckpt, 3.ckpt and 2 more. Pass one of",
@@ -208,7 +211,7 @@ def test_a_folder_of_the_cache(tmp_path: Path):
         ),
         (
             ("latest", "global_step10/x.pt"),
-            "Run its own script, python {}/zero_to_fp32.py {} OUTPUT, and pass the file",
+            "Run its own script, python {}/zero_to_fp32.py {} OUTPUT, and pass what it writes.",
         ),
         (("mp_rank_00_model_states.pt",), "shards of DeepSpeed, each of which holds a part of the weights."),
     ],

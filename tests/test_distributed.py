@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
+from curvkit.checkpoints import inspect, read
 from curvkit.checkpoints.distributed import describe, read_distributed
 from curvkit.checkpoints.hugging_face import describe as describe_directory
 from curvkit.checkpoints.hugging_face import read_directory
 from curvkit.checkpoints.nesting import nested
+from curvkit.checkpoints.optimizer_summary import optimizer_summary
 from curvkit.checkpoints.pieces import Budget, Piece, Place, check_cover
 from curvkit.checkpoints.torch_item import item
 from curvkit.errors import RefusedCheckpoint
@@ -85,6 +88,45 @@ def test_a_training_dict_comes_back_as_it_was(path: Path):
     assert sorted(said.groups["others"]) == ["empty", "half", "scalar", "turned", "yes"]
     shutil.rmtree(path)
     assert describe(saved({**content, "step": "five"}, path)).step is None
+
+
+def test_the_groups_of_its_optimizer_are_described(path: Path):
+    """Oracle: the summary of the same state in a file of torch.save."""
+    content = {key: value for key, value in training().items() if key in ("model", "optimizer", "step")}
+    torch.save(content, path.with_name("same.pt"))
+    expected, found = inspect(path.with_name("same.pt")).optimizer, inspect(saved(content, path)).optimizer
+    assert found is not None
+    assert expected is not None
+    assert found == replace(expected, step=None)  # which is a tensor
+    assert (found.name, found.lr, found.betas) == ("AdamW", (1e-3,), (0.9, 0.999))
+
+
+def test_states_by_the_names_of_parameters_are_described(path: Path):
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.25), momentum=0.9)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    weights, state = get_state_dict(model, optimizer)
+    found = inspect(saved({"model": weights, "optimizer": state}, path)).optimizer
+    assert found is not None
+    assert (found.name, found.momentum, found.groups) == ("SGD", 0.9, 1)
+
+
+def test_of_several_optimizers_none_is_taken(path: Path):
+    """As accelerate numbers them, beside one model."""
+    states = [torch.optim.SGD(net().parameters(), lr=lr).state_dict() for lr in (0.5, 0.25)]
+    saved(dict(net().state_dict()), path / "pytorch_model_fsdp_0")
+    for index, state in enumerate(states):
+        saved({"optimizer": state}, path / f"optimizer_{index}")
+    found = read(path)
+    assert found.optimizer is None
+    assert "the states of 2 optimizers are there (optimizer, optimizer_1); none was taken" in found.notes
+    assert inspect(path).optimizer is None
+    shutil.rmtree(path / "optimizer_1")
+    assert read(path).lr == [0.5]
+    assert str(inspect(path).optimizer) == str(optimizer_summary(states[0], None, lambda value: value))
 
 
 def test_a_bare_state_dict(path: Path):

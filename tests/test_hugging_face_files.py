@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from samples import Payload, environment, net
 from torch import nn
 
+from curvkit.checkpoints import inspect, read
 from curvkit.checkpoints.confined import confined, shown
 from curvkit.checkpoints.hub_cache import cached, snapshot
 from curvkit.checkpoints.hugging_face import describe, read_directory
@@ -590,6 +591,47 @@ def test_what_the_trainer_left_is_checked(run: tuple[Path, Any], tmp_path: Path)
     torch.save({"param_groups": [Payload(tmp_path / "marker")]}, path / "optimizer.pt")
     refusal(path)
     assert not (tmp_path / "marker").exists()
+
+
+class Foreign:
+    """Of no module that can be imported."""
+
+
+def test_an_optimizer_that_cannot_be_read_is_a_note_also_where_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The weights beside it are good, and do not need it."""
+    save_file(net().state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"param_groups": [], "x": Foreign()}, tmp_path / "optimizer.pt")
+    monkeypatch.delattr(f"{__name__}.Foreign")
+    for trust, said in (
+        (Trust(), "optimizer.pt: refused, more than tensors and plain data"),
+        (Trust(everything=True), "optimizer.pt: trusted, but it cannot be loaded (AttributeError: "),
+    ):
+        found = read(tmp_path, trust=trust)
+        assert equal(found.weights, net())
+        assert found.optimizer is None
+        (note,) = (note for note in found.notes if note.startswith("the optimizer's state was not read: "))
+        assert said in note
+    torch.save(nn.Linear(2, 2), tmp_path / "optimizer.pt")
+    found = read(tmp_path, trust=Trust(everything=True))
+    assert any("does not hold the state of an optimizer" in note for note in found.notes)
+    (tmp_path / "optimizer.pt").write_bytes(b"PK\x03\x04")
+    for trust in (Trust(), Trust(everything=True)):
+        with pytest.raises(RefusedCheckpoint, match=r"optimizer.pt: the archive is cut short"):
+            read(tmp_path, trust=trust)
+
+
+def test_of_the_optimizers_of_accelerate_none_is_taken(tmp_path: Path):
+    save_file(net().state_dict(), tmp_path / "model.safetensors")
+    for name, lr in (("optimizer.bin", 0.5), ("optimizer_1.bin", 0.25)):
+        torch.save(torch.optim.SGD(net().parameters(), lr=lr).state_dict(), tmp_path / name)
+    note = "the states of several optimizers are there (optimizer.bin, optimizer_1.bin); none was taken"
+    found = read(tmp_path)
+    assert (found.optimizer, note in found.notes) == (None, True)
+    seen = inspect(tmp_path)
+    assert (seen.optimizer, note in seen.notes) == (None, True)
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------------

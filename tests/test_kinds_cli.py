@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -238,3 +239,30 @@ def test_each_kind_can_be_inspected(write: Writer, folder: Path, capsys: pytest.
     numbers = sum(parameter.numel() for parameter in net().parameters())
     found = {group["numbers"] for group in said["result"]["groups"]}
     assert found & {numbers, numbers + 1}  # AveragedModel counts its updates
+
+
+@pytest.mark.parametrize("write", KINDS, ids=lambda write: write.__name__)
+def test_what_inspecting_says_next_works_when_it_is_typed(
+    write: Writer, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The walk of somebody who types what is printed: inspect, init, fill in the model, sharpness. Names have spaces."""
+    (folder / "my runs").mkdir()
+    path, *chosen = write(net(), folder / "my runs")
+    capsys.readouterr()
+    assert run(["inspect", f"my runs/{path}", *chosen]) == 0
+    out, _ = capsys.readouterr()
+    program, *words = shlex.split(
+        next(line for line in out.splitlines() if line.startswith("next\t")).removeprefix("next\t")
+    )
+    assert (program, words) == ("curvkit", ["init", f"my runs/{path}", *chosen])
+    assert run(words) == 0
+    out, _ = capsys.readouterr()
+    made = Path("curvkit_objective.py")
+    model = '    raise NotImplementedError("curvkit_objective.py: make_model() does not return the model yet")\n'
+    made.write_text(made.read_text().replace(model, "    from samples import Net\n    return Net()\n"))
+    program, *words = shlex.split(out.splitlines()[-1])
+    assert (program, words) == ("curvkit", ["sharpness", f"my runs/{path}", *chosen])
+    code = run([*words, "--no-data-doubt", "--no-preflight", "--seed", "0", "--plain"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert "\tconverged\n" in out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def shift_of(found: dict[str, Tensor]) -> float:
     assert list(found) == list(weights())
     (shift,) = {round((found[name] - tensor).mean().item(), 3) for name, tensor in weights().items()}
     return shift
+
+
+def named_state() -> dict[str, Any]:
+    """As FSDP gives it: by names of parameters, so that it looks like weights."""
+    return {"state": {"w": {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": ["w"], "lr": 0.1}]}
 
 
 def state(lr: float = 0.1) -> dict[str, Any]:
@@ -154,8 +160,48 @@ def test_what_the_file_says_of_the_model_is_kept(path: Path):
     for name, config in expected.items():
         torch.save(LAYOUTS[name][0], path)
         assert read(path).config == config
-    torch.save(LAYOUTS["torchvision"][0], path)
+    torch.save({"model": weights(), "epoch": 1}, path)
     assert read(path).config is None
+
+
+@pytest.mark.parametrize("key", ["args", "config", "hparams", "hyper_parameters", "cfg", "model_args"])
+def test_the_settings_of_a_run_are_kept(path: Path, key: str):
+    for settings in (argparse.Namespace(hidden=6, name="a"), {"hidden": 6, "name": "a"}):
+        torch.save({"model": weights(), key: settings}, path)
+        assert read(path).config == {"hidden": 6, "name": "a"}
+    torch.save({"model": weights(), key: ["--hidden", "6"]}, path)
+    assert read(path).config is None
+
+
+def test_the_class_of_the_optimizer(path: Path):
+    """Oracle: the optimizers themselves."""
+    for kind in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop):
+        optimizer = kind([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        torch.save({"model": weights(), "optimizer": optimizer.state_dict()}, path)
+        assert read(path).optimizer_class == kind.__name__
+    torch.save({"model": weights(), "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, path)
+    assert read(path).optimizer_class is None
+    torch.save({"model": weights()}, path)
+    assert read(path).optimizer_class is None
+    model = torch.nn.Linear(2, 1)
+
+    class Lion(torch.optim.SGD):
+        pass
+
+    save(path, model=model, optimizer=Lion(model.parameters(), lr=0.1))
+    assert (read(path).optimizer_class, str(read(path)).endswith("· Lion with lr 0.1")) == ("Lion", True)
+
+
+def test_tied_weights_count_once(path: Path):
+    """Law: inspecting and reading count alike."""
+    shared = torch.ones(5, 3)
+    content = {"wte": shared, "b": torch.ones(2), "head": shared, "also": shared, "same": torch.ones(5, 3)}
+    torch.save({"model": content}, path)
+    found, seen = read(path), inspect(path)
+    assert found.tied == seen.tied == (("wte", "head", "also"),)
+    assert list(found.distinct) == ["wte", "b", "same"]
+    assert (len(found.distinct), found.numel) == (seen.groups[0].tensors, seen.groups[0].numbers) == (3, 32)
+    assert str(found) == "training dict · 3 tensors, 32 numbers, float32"
 
 
 def test_of_several_optimizers_none_is_taken(path: Path):
@@ -163,6 +209,12 @@ def test_of_several_optimizers_none_is_taken(path: Path):
     found = read(path)
     assert found.optimizer is None
     assert found.notes == ("optimizers holds the states of 2 optimizers; none was taken",)
+    torch.save({"model": weights(), "optimizer": state(), "optimizer_1": state(0.2), "optimizer_x": 3}, path)
+    found = read(path)
+    assert found.optimizer is None
+    assert found.notes == ("the states of 2 optimizers are there (optimizer, optimizer_1); none was taken",)
+    torch.save({"model": weights(), "optimizer": state(), "optimizer_1": "none"}, path)
+    assert read(path).lr == [0.1]
 
 
 # ---- averages -------------------------------------------------------------------------------------------------------
@@ -297,15 +349,21 @@ def test_a_key_can_be_the_first_part_of_names(path: Path):
 @pytest.mark.parametrize("key", ["critic", "generator.x", "epoch", "", ".", "optimizer.state"])
 def test_a_key_that_is_not_there(path: Path, key: str):
     torch.save(two_models(), path)
-    text = f"--key {key}: {path} has no weights under that key. There are: generator, a.b, discriminator.net."
+    text = (
+        f"--key {shlex.quote(key)}: {path} has no weights under that key. There are: generator, a.b, discriminator.net."
+    )
     with pytest.raises(InvalidArgument, match=re.escape(text)):
         read(path, key=key)
 
 
 def test_a_key_into_names_that_are_not_there(path: Path):
     torch.save(weights(), path)
-    with pytest.raises(InvalidArgument, match="has no weights under that key. There are: inner, outer."):
+    text = f"--key middle: {path} is one state dict, with nothing under that name. Leave --key out, or take a part of it, by how its names"
+    with pytest.raises(InvalidArgument, match=re.escape(f"{text} begin: inner, outer.")):
         read(path, key="middle")
+    torch.save({"w": torch.ones(2)}, path)
+    with pytest.raises(InvalidArgument, match=r"with nothing under that name. Leave --key out\.$"):
+        read(path, key="model")
 
 
 def test_the_default_key_may_be_named(path: Path):
@@ -325,6 +383,11 @@ def test_the_default_key_may_be_named(path: Path):
         ({("a", 1): 1, None: 2}, "Its keys are: tuple, NoneType."),
         (argparse.Namespace(a=1), "holds a argparse.Namespace, not a state dict."),
         ({"optimizer": state()}, "no state dict found. Its keys are: optimizer."),
+        (
+            state(),
+            "holds the state of an optimizer, and no weights. Pass the file that has the weights, or save both in one:",
+        ),
+        (named_state(), "holds the state of an optimizer, and no weights."),
         ({"model": collections.OrderedDict()}, "no state dict found. Its keys are: model."),
     ],
 )

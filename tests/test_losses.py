@@ -16,7 +16,7 @@ from oracles import classes, cut, dense, normal, relative, seeded
 from torch import Tensor, nn
 
 from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
-from curvkit.losses import BatchLoss, KnownLoss, OtherLoss, as_loss, token_cross_entropy
+from curvkit.losses import BatchLoss, KnownLoss, OtherLoss, as_loss, hessian_in_outputs, token_cross_entropy
 from curvkit.losses.batches import cast, check_batch, inputs_and_targets, map_tensors, rows, take_rows, tensors
 from curvkit.losses.terms import scalar_or_pair
 from curvkit.objectives import Objective
@@ -418,6 +418,152 @@ def test_a_count_may_be_a_sum_of_weights():
     assert H.terms is None
     assert H.loss == pytest.approx(truth.loss, rel=SAME)
     assert relative(H.matmat(torch.eye(H.n).double()), truth.hessian) <= SAME
+
+
+# ---- targets that the model does not fit ----------------------------------------------------------------------------
+
+COMPLEX = torch.ones(4, C, dtype=torch.complex128)
+SHORT = LABELS[:4]
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "targets", "said"),
+    [
+        (
+            F.cross_entropy,
+            REAL,
+            LABELS + 1,
+            r"cross_entropy: \d of 12 targets (is|are) no class: 5, where the classes are 0 to 4. Number the classes from 0",
+        ),
+        (nn.NLLLoss(), REAL, LABELS - 1, "are no class: -1, where.* set them to it, or it to them."),
+        (
+            partial(F.cross_entropy, ignore_index=-1),
+            REAL,
+            MASKED,
+            "no class: -100, where the classes are 0 to 4. Targets that are not to count have the value of ignore_index, here -1",
+        ),
+        (token_cross_entropy, normal(N, T, 3), LANGUAGE, "no class: 3, 4, where the classes are 0 to 2."),
+        (F.cross_entropy, REAL, torch.arange(20).repeat(12)[:12] + 7, "12 of 12 targets are no class: 7, 8, 9, ..., where"),
+        (F.cross_entropy, REAL, LABELS.int(), r"targets are \(12,\) torch.int32: pass .* int64, \(12,\), for example targets.long"),
+        (F.cross_entropy, REAL, LABELS.double(), r"\(12,\) torch.float64: pass indices of classes as int64"),
+        (F.nll_loss, REAL, SOFT, r"\(12, 5\) torch.float64: pass .* for example targets.argmax\(1\)"),
+        (F.cross_entropy, REAL, BITS.long(), r"\(12, 5\) torch.int64: pass .*argmax\(1\); probabilities are for cross_entropy"),
+        (F.cross_entropy, REAL, LABELS[:, None], r"targets are \(12, 1\) torch.int64: .* for example targets.squeeze\(-1\)"),
+        (F.cross_entropy, REAL, SHORT, r"the model gave \(12, 5\) torch.float64 and the targets are \(4,\) torch.int64"),
+        (F.cross_entropy, normal(N, T, C), LANGUAGE, "pass logits .N, C, T., or use curvkit.losses.token_cross_entropy"),
+        (token_cross_entropy, normal(N, T, C), GRID.double(), "takes one class for each distribution"),
+        (F.cross_entropy, LABELS, LABELS, r"the model gave \(12,\) torch.int64. Let the model return what it computes before"),
+        (F.mse_loss, COMPLEX, COMPLEX, r"mse_loss takes floating-point numbers, but the model gave \(4, 5\) torch.complex128"),
+        (nn.PoissonNLLLoss(), REAL, COUNTS[:, 0], "poisson_nll_loss compares element by element, but the model gave"),
+        (partial(F.cross_entropy, weight=WEIGHT[:3]), REAL, LABELS, r"does not take what the model gave, .*: weight tensor should"),
+        (F.binary_cross_entropy, REAL, BITS, "binary_cross_entropy does not take .* between 0 and 1. Check the options of the loss"),
+    ],
+)
+def test_targets_that_the_loss_does_not_take_are_refused(loss: Any, outputs: Tensor, targets: Tensor, said: str):
+    """Torch's own answer is an IndexError or a RuntimeError that names neither shape, and on a GPU the end of the process."""
+    with pytest.raises(UnknownObjective, match=f"^Objective: .*{said}"):
+        as_loss(loss).terms_of(outputs, targets)
+
+
+def test_a_label_that_is_no_class_is_refused_before_anything_is_measured():
+    with pytest.raises(UnknownObjective, match="no class: 5, where the classes are 0 to 4"):
+        Hessian(Objective(Then(None).double(), F.cross_entropy, [(X, LABELS + 1)]))
+    with pytest.raises(UnknownObjective, match="no class: -1, where"):
+        hessian_in_outputs(as_loss(F.cross_entropy), REAL, torch.where(LABELS == 0, -1, LABELS))
+
+
+def test_unsigned_labels():
+    """Dense autograd: eight bits without a sign hold 156, which is -100 of eight bits with one."""
+    model = Then(None).double()
+    truth = dense(model, lambda call: F.cross_entropy(call(X), LABELS))
+    H = Hessian(Objective(model, F.cross_entropy, cut([7, 5], X, LABELS.to(torch.uint8))))
+    assert H.terms == N
+    assert relative(H.matmat(torch.eye(H.n).double()), truth.hessian) <= SAME
+    terms = as_loss(F.cross_entropy).terms_of(normal(3, 200), torch.tensor([156, 0, 199], dtype=torch.uint8))
+    assert (terms.weight, terms.count) == (3.0, 3)
+
+
+def test_token_cross_entropy_refuses_what_is_no_class():
+    logits, targets = normal(1, 2, 3), torch.tensor([[0, 3]])
+    with pytest.raises(InvalidArgument, match="^token_cross_entropy: 1 of 2 targets is no class: 3, where the classes are 0 to 2"):
+        token_cross_entropy(logits, targets)
+    with pytest.raises(InvalidArgument, match="^token_cross_entropy: targets of torch.int32 are no indices of classes. Pass int64"):
+        token_cross_entropy(logits, targets.int())
+
+
+# ---- losses with other arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (
+            nn.CTCLoss(),
+            r"CTCLoss takes \(log_probs, targets, input_lengths, target_lengths\), but a loss is called with \(outputs, targets\). "
+            r"Write curvkit.BatchLoss\(fn\), with def fn\(model, batch\): x, y, n, m = batch; losses = ctc_loss\(.*rule='difference'",
+        ),
+        (F.ctc_loss, r"ctc_loss takes \(log_probs, .*losses / m\).sum\(\), len\(m\)"),
+        (nn.GaussianNLLLoss(), r"GaussianNLLLoss takes \(input, target, var\).*return gaussian_nll_loss\(mean, y, var, reduction='sum'\)"),
+        (nn.TripletMarginLoss(), r"takes \(anchor, positive, negative\).*return triplet_margin_loss"),
+        (lambda outputs: outputs.sum(), r"<lambda> takes \(outputs\), .*call the model and the loss, and return a scalar, or"),
+        (lambda model, x, y: x.sum(), r"takes \(model, x, y\)"),
+    ],
+)
+def test_a_loss_with_other_arguments_is_refused_with_what_to_write(loss: Any, said: str):
+    with pytest.raises(InvalidArgument, match=f"^Objective: the loss .*{said}"):
+        Objective(Then(None), loss, [(X, LABELS)])
+
+
+def test_what_is_advised_for_gaussian_and_ctc_losses_is_right():
+    """Torch's own modules, over all the data: lines as the messages have them."""
+    from torch.nn.functional import ctc_loss, gaussian_nll_loss
+
+    def gaussian(model: Any, batch: Any) -> Any:
+        x, y = batch; mean, var = model(x); return gaussian_nll_loss(mean, y, var, reduction="sum"), y.numel()  # fmt: skip  # noqa: E702
+
+    def ctc(model: Any, batch: Any) -> Any:
+        x, y, n, m = batch; losses = ctc_loss(model(x), y, n, m, reduction="none"); return (losses / m).sum(), len(m)  # fmt: skip  # noqa: E702
+
+    class Two(Then):
+        def forward(self, x: Tensor) -> Any:
+            made = super().forward(x)
+            return made[:, :2], F.softplus(made[:, 2:4])
+
+    two, one = Two(None).double(), Then(lambda y: y.log_softmax(-1)).double()
+    value = Objective(two, BatchLoss(gaussian), cut([7, 5], X, REAL[:, :2])).value()
+    assert value == pytest.approx(nn.GaussianNLLLoss()(*reordered(two(X), REAL[:, :2])).item(), rel=SAME)
+    spoken = normal(6, 3, D), classes(3, 2, num=C - 1) + 1, torch.tensor([6, 5, 6]), torch.tensor([2, 1, 2])
+    value = Objective(one, BatchLoss(ctc), [spoken]).value()
+    assert value == pytest.approx(nn.CTCLoss()(one(spoken[0]), *spoken[1:]).item(), rel=SAME)
+
+
+def reordered(outputs: tuple[Tensor, Tensor], targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return outputs[0], targets, outputs[1]
+
+
+def test_a_batch_loss_with_other_arguments_is_refused():
+    with pytest.raises(
+        InvalidArgument, match=r"^BatchLoss: own_triple takes \(a, b, c\), but it is called with \(model, batch\). Give it these two"
+    ):
+        BatchLoss(own_triple)
+
+
+def own_triple(a: Any, b: Any, c: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "loss", [own, lambda o, t, scale=1.0: own(o, t) * scale, partial(lambda scale, o, t: own(o, t) * scale, 2.0), Scaled()]
+)
+def test_a_loss_may_have_more_arguments_with_defaults(loss: Any):
+    assert isinstance(as_loss(loss), OtherLoss)
+
+
+def test_a_pair_with_a_name_for_the_loss_is_not_taken_for_a_count():
+    """Torch's adaptive softmax returns (output, loss); of one row both are single numbers."""
+    with seeded(0):
+        loss = nn.AdaptiveLogSoftmaxWithLoss(C, 6, cutoffs=[3]).double()
+    with pytest.raises(UnknownObjective, match="AdaptiveLogSoftmaxWithLoss returned a _?ASMoutput; it must return a scalar"):
+        as_loss(loss).terms_of(normal(1, C), torch.tensor([1]))
 
 
 # ---- what a loss may return -----------------------------------------------------------------------------------------

@@ -759,6 +759,80 @@ def test_autocast_inside_the_model_has_no_effect(way: str, make: Any):
     assert lowered(X).dtype is torch.bfloat16
 
 
+class Switching(nn.Linear):
+    """A model that switches autocast on by itself, and off again or not."""
+
+    def __init__(self, way: str, *, leaves: bool = False) -> None:
+        super().__init__(3, 2)
+        self.way, self.leaves = way, leaves
+
+    def forward(self, input: Tensor) -> Tensor:
+        switch: Any = SWITCHES[self.way]
+        switch(True)
+        try:
+            return super().forward(input)
+        finally:
+            if not self.leaves:
+                switch(False)
+
+
+ORIGINAL = torch.set_autocast_enabled
+SWITCHES: dict[str, Any] = {
+    "by kind": lambda enabled: torch.set_autocast_enabled("cpu", enabled),
+    "by name": lambda enabled: torch.set_autocast_enabled(device_type="cpu", enabled=enabled),
+    "old": lambda enabled: torch.set_autocast_cpu_enabled(enabled),
+    "kept": lambda enabled: ORIGINAL("cpu", enabled),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("way", ["by kind", "by name", "old"])
+def test_autocast_that_is_switched_on_inside_has_no_effect(way: str, leaves: bool):
+    """Dense autograd of the same layer, in float32; and nothing stays switched on."""
+    x, y = normal(6, 3, dtype=torch.float32), classes(6, num=2)
+    with seeded(0):
+        model = Switching(way, leaves=leaves)
+    plain = nn.Linear(3, 2)
+    plain.load_state_dict(model.state_dict())
+    truth = Hessian(Objective(plain, F.cross_entropy, [(x, y)]))
+    H = Hessian(Objective(model, F.cross_entropy, [(x, y)]))
+    assert torch.equal(H.matmat(torch.eye(8)), truth.matmat(torch.eye(8)))
+    assert H.objective.silenced_autocast
+    assert preflight(H.objective).verdict == "right"
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.set_autocast_enabled is ORIGINAL
+
+
+def test_autocast_that_no_switch_reaches_is_refused():
+    """Code that kept torch's own function from before: seen in the graph, which has half precision where float64 has none."""
+    x, y = normal(6, 3, dtype=torch.float32), classes(6, num=2)
+    it = Objective(Switching("kept", leaves=True), F.cross_entropy, [(x, y)])
+    found = preflight(it)
+    assert (found.verdict, found.lowered) == ("wrong", True)
+    assert "the model computes in bfloat16 or float16, though its parameters do not" in str(found)
+    assert "the model (Switching): switch it off there while measuring" in str(found)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+class Scripted(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return nn.functional.linear(input, self.weight, self.bias)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_autocast_inside_torchscript_is_refused_by_name():
+    x, y = normal(6, 3, dtype=torch.float32), classes(6, num=2)
+    inner = torch.jit.script(Scripted(3, 2))
+    with pytest.raises(UnsupportedModel, match=r"Objective: 1 is TorchScript with torch.autocast inside, which computes in lower"):
+        Objective(nn.Sequential(nn.Identity(), inner), F.cross_entropy, [(x, y)]).value()
+    with pytest.raises(UnsupportedModel, match="Objective: the model is TorchScript with torch.autocast inside"):
+        Hessian(Objective(inner, F.cross_entropy, [(x, y)]))
+    plain = torch.jit.script(nn.Sequential(nn.Linear(3, 2)))
+    assert Objective(plain, F.cross_entropy, [(x, y)]).value() > 0.0
+
+
 def test_autocast_comes_back_after_an_error():
     enter = torch.autocast.__enter__
     with pytest.raises(ZeroDivisionError), WithoutAutocast(), torch.autocast("cpu", torch.bfloat16), WithoutAutocast():

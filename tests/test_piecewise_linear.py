@@ -18,6 +18,7 @@ from curvkit.linalg import trace as linalg_trace
 from curvkit.losses import as_loss, hessian_in_outputs, token_cross_entropy
 from curvkit.losses.known import DIVISORS
 from curvkit.measures import TraceSettings, piecewise_linear, trace
+from curvkit.models import ResNet
 from curvkit.operators.affine import is_affine_in_each_entry
 
 
@@ -189,6 +190,88 @@ def test_losses_and_uneven_batches(loss: Any, targets: Tensor | None):
     assert "piecewise linear" in found.estimate.reason
     expected = dense(model, lambda call: loss(call(x), y)).hessian.trace().item()
     assert found.value == pytest.approx(expected, rel=1e-11)
+
+
+class InPlaceBlock(nn.Module):
+    """A residual block as it is often written: in place, with a projection and norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.shortcut = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        out += self.shortcut(x)
+        return self.head(F.relu(out, inplace=True).mean((2, 3)))
+
+
+def with_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
+    """In evaluation mode, with statistics and factors of BatchNorm that are not the initial ones."""
+    with seeded(seed):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.running_mean, module.weight, module.bias):
+                    nn.init.normal_(tensor)  # pyright: ignore
+                nn.init.uniform_(module.running_var, 0.5, 2.0)  # pyright: ignore
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("make", [lambda: ResNet(depth=8, width=2, num_classes=3, in_channels=2), InPlaceBlock])
+def test_residual_networks_with_fixed_statistics(make: Callable[[], nn.Module]):
+    """Rung 2: the dense Hessian of a network with BatchNorm in evaluation mode, shortcuts and sums in place."""
+    with seeded(3):
+        model = with_statistics(make())
+    x, y = normal(6, 2, 8, 8, seed=4), classes(6, num=3, seed=5)
+    objective = Objective(model, F.cross_entropy, cut((2, 4), x, y))
+    assert is_affine_in_each_entry(objective)
+    found = trace(objective, seed=0, method="exact")
+    assert "piecewise linear" in found.estimate.reason
+    expected = dense(model, lambda call: F.cross_entropy(call(x), y)).hessian.trace().item()
+    assert found.value == pytest.approx(expected, rel=1e-10)
+
+
+class Normalised(nn.Module):
+    """BatchNorm by a function, whose statistics and factors are what the test says."""
+
+    def __init__(self, factors: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.scale, self.spare = nn.Parameter(normal(8, seed=1)), nn.Parameter(normal(8, seed=2).square() + 1)
+        self._factors = factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(F.batch_norm(self.a(x), **self._factors(self, x))))
+
+
+ONES, ZEROS = torch.ones(8).double(), torch.zeros(8).double()
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        lambda self, x: {"running_mean": ZEROS, "running_var": self.spare, "weight": self.scale},
+        lambda self, x: {"running_mean": self.spare, "running_var": ONES, "weight": self.scale},
+        lambda self, x: {"running_mean": ZEROS, "running_var": ONES, "weight": self.a(x).mean(0)},
+        lambda self, x: {"running_mean": ZEROS, "running_var": ONES, "weight": self.scale, "bias": self.scale},
+    ],
+    ids=["variance is a parameter", "mean is a parameter", "factor is an activation", "factor is the offset, too"],
+)
+def test_norms_that_are_no_product_with_a_parameter(factors: Callable[[Any, Tensor], Any]):
+    with seeded(0):
+        model = Normalised(factors).double()
+    assert not is_affine_in_each_entry(Objective(model, F.cross_entropy, [examples(torch.float64)]))
+
+
+def test_writing_to_a_parameter_or_to_its_half_is_not_used():
+    def added(self: Any, x: Tensor) -> Tensor:
+        return self.c(h(self, x) * self.scale[:8].add_(self.a(x).mean()))
+
+    with seeded(1):
+        model = Body(added).double()
+    assert not is_affine_in_each_entry(Objective(model, F.cross_entropy, [examples(torch.float64)]))
 
 
 def test_convolutions_and_chosen_parameters(monkeypatch: pytest.MonkeyPatch):

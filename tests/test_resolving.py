@@ -348,7 +348,7 @@ def test_the_error_that_teaches(tmp_path: Path):
         resolve(read(path))
     assert str(caught.value).splitlines() == [
         f"{path} holds weights but does not say which model, loss or data to use.",
-        "  found    training dict · 4 tensors, 51 numbers, float32 · step 3 · optimizer with lr 0.0003 · keys: model, optimizer, "
+        "  found    training dict · 4 tensors, 51 numbers, float32 · step 3 · AdamW with lr 0.0003 · keys: model, optimizer, "
         "step",
         "  missing  an objective: a function returning curvkit.Objective(model, loss, data)",
         f"  do one   curvkit init {path}    writes a file with such a function, to fill in",

@@ -24,7 +24,8 @@ from curvkit.measures import sharpness
 from curvkit.objectives import Objective
 from curvkit.operators import DifferenceHessian, Hessian
 from curvkit.operators.preflight import preflight, refuse_wrong
-from curvkit.operators.support import SUPPORT, page, suspects
+from curvkit.operators.support import SUPPORT, page
+from curvkit.operators.suspects import suspects
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 

@@ -63,7 +63,12 @@ def test_lines(tmp_path: Path):
     [
         ('{"prompt": "a", "completion": "b"}', 'line 2 has no text under "text" (fields: prompt, completion)'),
         ("{}", 'line 2 has no text under "text" (fields: none)'),
-        ('{"text": 3}', 'line 2 has no text under "text" (fields: text)'),
+        (
+            '{"text": 3}',
+            'line 2 has an int (3) under "text", which is no text. Write it in quotes, so that lines are {"text"',
+        ),
+        ('{"text": null}', 'line 2 has null under "text", which is no text.'),
+        ('{"text": ["a"]}', "line 2 has a list (["),
         ('["a"]', 'line 2 has no text under "text" (a list)'),
         ("plain words", "line 2 is no JSON. A .jsonl file has one object per line"),
         ("[" * 100_000, "line 2 is no JSON"),
@@ -141,7 +146,7 @@ def test_a_binary_file_of_wider_ids(tmp_path: Path):
         ([[0.5, 1.0]], "row 0 of input_ids is a list with a float (0.5)"),
         ([[[5, 6]]], "row 0 of input_ids is a list with a list ([5, 6])"),
         ([[5, None]], "row 0 of input_ids is a list with null"),
-        ([5, 6], "row 0 of input_ids is a int (5)"),
+        ([5, 6], "row 0 of input_ids is an int (5)"),
     ],
 )
 def test_a_column_of_something_else_than_ids(tmp_path: Path, column: list[object], said: str):
@@ -158,7 +163,7 @@ def test_a_mask_of_another_length(tmp_path: Path):
     for mask in ([1], None):
         path = tmp_path / f"data-{mask}"
         datasets.Dataset.from_dict({"input_ids": [[5, 6]], "attention_mask": [mask]}).save_to_disk(path)
-        with pytest.raises(UnknownObjective, match="row 0 has 2 input_ids and another attention_mask"):
+        with pytest.raises(UnknownObjective, match=f"--data {re.escape(str(path))}: row 0 has 2 input_ids and another"):
             read(path, None)
 
 
@@ -248,15 +253,15 @@ def test_a_shorter_text_gives_fewer_windows_and_that_is_said():
 @pytest.mark.parametrize(
     ("count", "text"),
     [
-        (0, "val.txt: too short: it has 0 tokens, and one window of 8 needs 9. To measure a longer text."),
+        (0, "val.txt: too short: it has 0 tokens, and one window of 8 needs 9. Pass a longer text."),
         (
             8,
-            "val.txt: too short: it has 8 tokens, and one window of 8 needs 9. To measure it pass --seq-len 7 or less,",
+            "val.txt: too short: it has 8 tokens, and one window of 8 needs 9. Pass --seq-len 7 or less, or a longer text.",
         ),
     ],
 )
 def test_a_text_that_is_too_short(count: int, text: str):
-    with pytest.raises(UnknownObjective, match=re.escape(text[:60])):
+    with pytest.raises(UnknownObjective, match=re.escape(text)):
         calibrate(Tokens(torch.arange(count)), Shape(8, 2), language(), mask=None, source="val.txt")
 
 

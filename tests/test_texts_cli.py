@@ -61,6 +61,7 @@ def test_nanogpt_needs_its_data_alone(typed: Typed):
     assert err.splitlines() == [
         "objective: GPT of nanoGPT (nanoGPT checkpoint) · token_cross_entropy of 8 windows of 8 tokens from val.bin",
         "note: _orig_mod. taken from the names of the weights",
+        "note: tied: transformer.wte.weight = lm_head.weight",
     ]
     record = json.loads(out)["record"]
     assert len(record["tokens_digest"]) == hashlib.sha256().digest_size * 2
@@ -76,10 +77,10 @@ def test_init_and_inspect_know_that_nothing_has_to_be_written(typed: Typed, fold
     nanogpt()
     code, out, _ = typed("init", "ckpt.pt")
     assert code == 0
-    assert out.startswith("Nothing to write: the model is a nanoGPT, which needs data alone")
-    assert out.endswith("Next:\ncurvkit sharpness ckpt.pt --data val.txt\n")
+    assert out.startswith("Nothing to write: the model is a GPT of nanoGPT, which needs data alone: ids")
+    assert out.endswith("Next:\ncurvkit sharpness ckpt.pt --data val.bin\n")
     assert sorted(path.name for path in folder.iterdir()) == ["ckpt.pt", "val.bin"]
-    assert "next\tcurvkit sharpness ckpt.pt --data val.txt" in typed("inspect", "ckpt.pt")[1]
+    assert "next\tcurvkit sharpness ckpt.pt --data val.bin" in typed("inspect", "ckpt.pt")[1]
 
 
 def test_a_text_that_is_typed_wins_over_the_configuration_and_the_environment(

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import cross_checking, measuring, planning, records, render
+from .. import planning, render, running
 from ..budget import Budget, budget
 from ..configured import ConfiguredCommand
 from ..data import Data, data
 from ..failures import say
 from ..groups import option
-from ..interrupts import INTERRUPTED, conclude
 from ..measuring import NOT_CONVERGED
-from ..output import Output, output
+from ..output import Lasting, Output, lasting
 from ..progress import counted
+from ..running import Measurement
 from ..target import Target, target
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from curvkit.measures import Sharpness, SharpnessSettings
     from curvkit.objectives import Objective
     from curvkit.operators import Forecast
@@ -66,7 +66,7 @@ HEADING = "Eigenvalues"
     help="Also measure how far the result depends on the sample (doubles the cost).",
 )
 @budget
-@output
+@lasting
 @click.pass_context
 def sharpness(
     ctx: click.Context,
@@ -77,7 +77,7 @@ def sharpness(
     data: Data,
     data_doubt: bool,
     budget: Budget,
-    output: Output,
+    lasting: Lasting,
 ) -> int:
     """Largest Hessian eigenvalues of a CHECKPOINT, with intervals.
 
@@ -90,39 +90,43 @@ def sharpness(
     """
     settings = _settings(num, which, block_size, data_doubt, budget)
     if budget.plan:
-        return planning.planned(ctx, target, data, output, partial(_forecast, settings=settings))
-    destination = records.destination(output, "sharpness.json")
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
-        from curvkit.measures import sharpness_steps
+        return planning.planned(ctx, target, data, lasting, partial(_forecast, settings=settings))
+    return running.run(ctx, target, data, lasting, _measurement(settings, budget, lasting))
 
-        resolved = measuring.resolved_objective(ctx, target, data, output)
-        cross_checking.refuse(budget.cross_check, resolved.objective, which)
-        steps = sharpness_steps(resolved.objective, settings, seed=budget.seed)
-        told = partial(_told, settings=settings)
-        followed = measuring.followed(steps, "sharpness", told, target=target, output=output)
-        outcome = cross_checking.compared(budget.cross_check, resolved.objective, followed, 100 * num, output)
-        latest, interrupted = outcome.latest, outcome.interrupted
-    result = {"interrupted": interrupted} if latest is None else {**latest.to_dict(), "interrupted": interrupted}
-    record = records.describe(ctx, target, resolved) | measuring.facts(latest)
-    document = render.json_document("sharpness", result, record)
-    name = measuring.title(target, resolved)
-    measuring.show(
-        latest,
-        document,
-        output,
-        plain=partial(render.sharpness_plain, title=name),
-        table=partial(render.sharpness_table, title=f"sharpness of {name}", color=output.color),
+
+def _measurement(settings: SharpnessSettings, budget: Budget, output: Lasting) -> Measurement[Sharpness]:
+    from curvkit.measures import sharpness_steps
+    from curvkit.measures.restored import sharpness_of
+
+    search = settings.search
+    return Measurement(
+        name="sharpness",
+        settings=settings,
+        seed=budget.seed,
+        cross_check=budget.cross_check,
+        which=search.which,
+        most=100 * search.num,
+        steps=lambda objective, journal: sharpness_steps(objective, settings, seed=budget.seed, journal=journal),
+        told=partial(_told, settings=settings),
+        read=sharpness_of,
+        beside=_vectors,
+        plain=render.sharpness_plain,
+        table=lambda result, name: render.sharpness_table(result, f"sharpness of {name}", output.color),
+        judge=partial(_judge, output=output),
     )
-    if destination is not None and latest is not None:
-        records.write(destination, document, output)
-    if interrupted:
-        conclude(
-            "Interrupted." if latest is not None else "Interrupted before the first product: nothing is known yet."
-        )
-        return INTERRUPTED
-    if outcome.failure is not None:
-        raise outcome.failure
-    return _judge(latest, output)
+
+
+def _vectors(result: Sharpness) -> tuple[str, dict[str, Tensor], dict[str, Any]] | None:
+    """The eigenvectors, one per row, with the parameters that their coordinates belong to."""
+    vectors, space = result.eigenpairs.vectors, result.eigenpairs.space
+    if vectors is None or space is None:
+        return None
+    said = {
+        "names": [entry.name for entry in space.entries],
+        "shapes": [list(entry.shape) for entry in space.entries],
+        "values": result.eigenpairs.values.tolist(),
+    }
+    return "vectors", {"vectors": vectors.T.cpu().contiguous()}, said
 
 
 def _settings(num: int, which: Any, block_size: int, data_doubt: bool, budget: Budget) -> SharpnessSettings:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import cross_checking, measuring, planning, records, render, render_trace
-from ..budget import Sampling, sampling
+from .. import planning, render_trace, running
+from ..budget import HEADING, Sampling, sampling
 from ..configured import ConfiguredCommand
 from ..data import Data, data
 from ..failures import say
 from ..groups import option
-from ..interrupts import INTERRUPTED, conclude
 from ..measuring import NOT_CONVERGED
-from ..output import Output, output
+from ..output import Lasting, Output, lasting
 from ..progress import counted
+from ..running import Measurement
 from ..target import Target, target
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from curvkit.measures import Trace, TraceSettings
     from curvkit.objectives import Objective
     from curvkit.operators import Forecast
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 @data
 @sampling
 @option(
+    "--structure/--no-structure",
+    heading=HEADING,
+    default=True,
+    show_default=True,
+    help="Take the exact trace of a piecewise linear network from its structure, where that is shown and no dearer.",
+)
+@option(
     "--by",
     heading="Output",
     type=click.Choice(["layer", "param"]),
@@ -40,9 +47,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Rows of the table: layers, or parameter tensors.",
 )
-@output
+@lasting
 @click.pass_context
-def trace(ctx: click.Context, target: Target, by: str, data: Data, sampling: Sampling, output: Output) -> int:
+def trace(
+    ctx: click.Context, target: Target, by: str, data: Data, sampling: Sampling, structure: bool, lasting: Lasting
+) -> int:
     """Hessian trace of a CHECKPOINT, with its interval, by layer.
 
     A checkpoint is a file of torch.save or safetensors, or a directory of Hugging Face, PEFT or torch.distributed. Language models of
@@ -51,44 +60,43 @@ def trace(ctx: click.Context, target: Target, by: str, data: Data, sampling: Sam
 
     The trace is the sum of all eigenvalues. It is exact where that is cheap; else the 95 % interval holds it for the data at hand.
     """
-    settings = _settings(sampling)
+    settings = _settings(sampling, structure)
     if sampling.plan:
-        return planning.planned(ctx, target, data, output, partial(_forecast, settings=settings))
-    destination = records.destination(output, "trace.json")
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
-        from curvkit.measures import trace_steps
+        return planning.planned(ctx, target, data, lasting, partial(_forecast, settings=settings))
+    return running.run(ctx, target, data, lasting, _measurement(settings, sampling, by, lasting))
 
-        resolved = measuring.resolved_objective(ctx, target, data, output)
-        cross_checking.refuse(sampling.cross_check, resolved.objective)
-        steps = trace_steps(resolved.objective, settings, seed=sampling.seed)
-        told = partial(_told, most=sampling.max_products)
-        followed = measuring.followed(steps, "trace", told, target=target, output=output)
-        outcome = cross_checking.compared(sampling.cross_check, resolved.objective, followed, 100, output)
-        latest, interrupted = outcome.latest, outcome.interrupted
-    result = {"interrupted": interrupted} if latest is None else {**latest.to_dict(), "interrupted": interrupted}
-    record = records.describe(ctx, target, resolved) | measuring.facts(latest)
-    document = render.json_document("trace", result, record)
-    name = measuring.title(target, resolved)
-    measuring.show(
-        latest,
-        document,
-        output,
-        plain=partial(render_trace.plain, title=name, by=by),
-        table=partial(render_trace.table, title=f"trace of {name}", by=by, color=output.color),
+
+def _measurement(settings: TraceSettings, sampling: Sampling, by: str, output: Lasting) -> Measurement[Trace]:
+    from curvkit.measures import trace_steps
+    from curvkit.measures.restored import trace_of
+
+    return Measurement(
+        name="trace",
+        settings=settings,
+        seed=sampling.seed,
+        cross_check=sampling.cross_check,
+        which="magnitude",
+        most=100,
+        steps=lambda objective, journal: trace_steps(objective, settings, seed=sampling.seed, journal=journal),
+        told=partial(_told, most=sampling.max_products),
+        read=trace_of,
+        beside=_samples,
+        plain=lambda result, name: render_trace.plain(result, name, by),
+        table=lambda result, name: render_trace.table(result, f"trace of {name}", by, output.color),
+        judge=partial(_judge, output=output),
     )
-    if destination is not None and latest is not None:
-        records.write(destination, document, output)
-    if interrupted:
-        conclude(
-            "Interrupted." if latest is not None else "Interrupted before the first product: nothing is known yet."
-        )
-        return INTERRUPTED
-    if outcome.failure is not None:
-        raise outcome.failure
-    return _judge(latest, output)
 
 
-def _settings(sampling: Sampling) -> TraceSettings:
+def _samples(result: Trace) -> tuple[str, dict[str, Tensor], dict[str, Any]] | None:
+    """What the probes gave, one per row, with the parameters that its columns belong to."""
+    parts = result.estimate.parts
+    if parts is None:
+        return None
+    said = {"names": [share.name for share in result.parameters], "coordinates": list(parts.lengths)}
+    return "samples", {"samples": parts.samples.clone(), "known": parts.known.clone()}, said
+
+
+def _settings(sampling: Sampling, structure: bool) -> TraceSettings:
     from curvkit.linalg import trace as linalg_trace
     from curvkit.measures import TraceSettings
 
@@ -104,7 +112,12 @@ def _settings(sampling: Sampling) -> TraceSettings:
         max_seconds=sampling.max_time,
     )
     return TraceSettings(
-        search, residency=residency, memory_bytes=sampling.memory, rule=rule, preflight=sampling.preflight
+        search,
+        residency=residency,
+        memory_bytes=sampling.memory,
+        rule=rule,
+        preflight=sampling.preflight,
+        structure=structure,
     )
 
 

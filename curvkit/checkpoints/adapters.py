@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from curvkit.checkpoints import training_state
+from curvkit.checkpoints.base_models import FIELD, base_model
 from curvkit.checkpoints.checkpoint import Checkpoint
 from curvkit.checkpoints.confined import confined, shown
 from curvkit.checkpoints.description import Description
 from curvkit.checkpoints.documents import brief, document
-from curvkit.checkpoints.hub_cache import cached
 from curvkit.checkpoints.safetensors_file import NO_CHECKSUM, header, read_tensors
 from curvkit.checkpoints.shards import Load
 from curvkit.errors import RefusedCheckpoint
@@ -40,7 +40,7 @@ def read_adapter(path: Path, *, load: Load | None = None) -> Checkpoint:
     Cost: one pass over the adapter; the base model is not read.
     """
     config = _config(path)
-    base = _base(path, config)
+    base, found = base_model(path, config, source=str(path / CONFIG))
     weights = read_tensors(_weights(path))
     _check_names(path, weights)
     optimizer, unread = training_state.optimizer_beside(path, load) if load is not None else (None, ())
@@ -53,7 +53,8 @@ def read_adapter(path: Path, *, load: Load | None = None) -> Checkpoint:
         None,
         config=config,
         base=base,
-        notes=(f"base model: {base}", NO_CHECKSUM, *unread, *_others(path)),
+        notes=(found, NO_CHECKSUM, *unread, *_others(path)),
+        schedule=training_state.logged_rates(path),
     )
 
 
@@ -75,7 +76,7 @@ def describe_adapter(path: Path) -> Description:
     found = header(_weights(path))
     _check_names(path, found.tensors)
     state = training_state.optimizer_file(path)
-    named = config.get("base_model_name_or_path")
+    named = config.get(FIELD)
     return Description(
         path,
         KIND,
@@ -123,41 +124,6 @@ def _check_names(path: Path, weights: Mapping[str, Any]) -> None:
             f"{path / WEIGHTS}: holds {what}; names of an adapter begin with 'base_model.model.'. "
             "Take the directory that model.save_pretrained(path) of PEFT wrote."
         )
-
-
-def _base(path: Path, config: Mapping[str, Any]) -> Path:
-    """The directory of the base model: a path on this disk, or a name in the cache of downloads."""
-    source, named, revision = str(path / CONFIG), config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(named, str) or not named.strip():
-        raise RefusedCheckpoint(
-            f"{source}: does not say which model the adapter belongs to (base_model_name_or_path). "
-            "Write the directory of that model into the file."
-        )
-    if not named.isprintable() or len(named) > 1000 or "://" in named:
-        raise RefusedCheckpoint(
-            f"{source}: base_model_name_or_path is {brief(named)}, which is neither a directory nor the name of a model; "
-            "nothing is downloaded. Write the directory of the base model into the file."
-        )
-    if revision is not None and not isinstance(revision, str):
-        raise RefusedCheckpoint(f"{source}: revision is {brief(revision)}, not a name. Write null into the file.")
-    try:
-        places = [Path(named).expanduser(), path / named]
-        found = next((place for place in places if place.is_dir()), None) or cached(named, revision)
-    except (OSError, RuntimeError, ValueError) as error:  # a home that does not exist; a name that is too long
-        raise RefusedCheckpoint(
-            f"{source}: the base model {brief(named)} cannot be looked up ({error}). Write its directory into the file."
-        ) from error
-    if found is None:
-        raise RefusedCheckpoint(
-            f"{source}: the base model {named!r} is not on this disk, and nothing is downloaded. Write its directory into the file "
-            f"(base_model_name_or_path), or put it into the cache of Hugging Face where the network may be used: hf download {named}"
-        )
-    if found.resolve() == path.resolve() or not (found / "config.json").is_file():
-        raise RefusedCheckpoint(
-            f"{source}: the base model {named!r} is {found}, where no config.json of a model lies. "
-            "Write the directory that holds the base model into the file."
-        )
-    return found
 
 
 def _others(path: Path) -> tuple[str, ...]:

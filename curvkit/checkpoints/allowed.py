@@ -159,19 +159,3 @@ def explained(names: tuple[str, ...]) -> str | None:
         True
     """
     return next((text for start, text in EXPLAINED if any(name.startswith(start) for name in names)), None)
-
-
-def harmless(name: str) -> str:
-    r"""A name from a stranger's file, for people: short, and without control characters.
-
-    Args:
-        name: As written.
-
-    Returns:
-        Text for a message.
-
-    Example:
-        >>> harmless("train\x1b[2J.Config")
-        'train?[2J.Config'
-    """
-    return "".join(c if c.isprintable() else "?" for c in name[:200])

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from curvkit.checkpoints.stored import StoredTensor, number_in
 from curvkit.errors import RefusedCheckpoint
 
 UNREADABLE = (
@@ -143,19 +142,6 @@ class Archive:
         for chunk in self._chunks(f"{self.root}data/{key}"):
             target[position : position + len(chunk)] = chunk
             position += len(chunk)
-
-    def number(self, stored: StoredTensor) -> float | int | None:
-        """Read a tensor of one number, without torch.
-
-        Args:
-            stored: Its place, in a small record.
-
-        Returns:
-            The number; None for a type that Python has not.
-        """
-        content = bytearray(self.sizes[stored.storage_key])
-        self.read_into(stored.storage_key, memoryview(content))
-        return number_in(bytes(content), stored, swapped=self.swapped)
 
     def verify(self) -> None:
         """Check the records that were not read.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curvkit.checkpoints.command_lines import quoted
+from curvkit.checkpoints.printable import printable
 from curvkit.errors import InvalidArgument
 
 AVERAGED = re.compile(r"(^|[_.\-])(ema|swa|average|averaged|averaging|avg|polyak|shadow)([_.\-]|$)", re.IGNORECASE)
@@ -135,11 +137,20 @@ def located(
         inside = {name.removeprefix(start): item for name, item in default.items() if str(name).startswith(start)}
         if inside:
             return key, inside
-    there = [*found.raw, *found.averaged] or sorted({str(name).partition(".")[0] for name in default or ()})
-    shown = ", ".join("".join(c if c.isprintable() else "?" for c in name[:80]) for name in there[:8])
+    typed = f"--key {quoted(key)}"
+    if found.whole is not None:
+        parts = list(dict.fromkeys(str(name).partition(".")[0] for name in found.whole if "." in str(name)))
+        of_part = f", or take a part of it, by how its names begin: {_listed(parts)}" if parts else ""
+        raise InvalidArgument(
+            f"{typed}: {path} is one state dict, with nothing under that name. Leave --key out{of_part}."
+        )
     raise InvalidArgument(
-        f"--key {key}: {path} has no weights under that key. There are: {shown or 'none'}{' ...' if len(there) > 8 else ''}."
+        f"{typed}: {path} has no weights under that key. There are: {_listed([*found.raw, *found.averaged])}."
     )
+
+
+def _listed(names: list[str]) -> str:
+    return (", ".join(printable(name, 80) for name in names[:8]) or "none") + (" ..." if len(names) > 8 else "")
 
 
 def _followed(content: Any, key: str) -> Any:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curvkit.checkpoints.optimizer_summary import optimizer_class
+from curvkit.checkpoints.places import tied
+
 if TYPE_CHECKING:
     from torch import Tensor  # headers are read without torch, by files that can also make a Checkpoint
 
@@ -39,11 +42,33 @@ class Checkpoint:
     """Of an adapter: the directory of the model that it belongs to."""
     notes: tuple[str, ...] = ()
     """What a reader should know, for example that the format has no checksum."""
+    options: tuple[str, ...] = ()
+    """What was typed to read it: which weights are meant, and how far the file is believed, such as ("--key", "generator")."""
+    optimizer_said: str | None = None
+    """Class of the optimizer, if the file says it, as those of `curvkit.save` do."""
+    schedule: Mapping[str, Any] | None = None
+    """What the file says of the learning rate beside the optimizer; see `learning_rates.schedule_entry`."""
+
+    @property
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        """Names of weights that are the same numbers."""
+        return tuple(tied(self.weights))
+
+    @property
+    def distinct(self) -> dict[str, Tensor]:
+        """The weights, those that are tied under the first of their names alone."""
+        further = {name for names in self.tied for name in names[1:]}
+        return {name: tensor for name, tensor in self.weights.items() if name not in further}
 
     @property
     def numel(self) -> int:
-        """Numbers in all weights, buffers included."""
-        return sum(tensor.numel() for tensor in self.weights.values())
+        """Numbers in all weights, buffers included; those that are tied count once."""
+        return sum(tensor.numel() for tensor in self.distinct.values())
+
+    @property
+    def optimizer_class(self) -> str | None:
+        """Class of the optimizer: as the file says, else as its groups show, for example "AdamW" or "Adam or AdamW"."""
+        return optimizer_class(self.optimizer, self.optimizer_said)
 
     @property
     def lr(self) -> list[float]:
@@ -55,14 +80,16 @@ class Checkpoint:
 
     def __str__(self) -> str:
         """One line for people."""
-        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.weights.values()})
-        tensors = "1 tensor" if len(self.weights) == 1 else f"{len(self.weights)} tensors"
-        numbers = "1 number" if self.numel == 1 else f"{self.numel:,} numbers"
+        distinct, numel = self.distinct, self.numel
+        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in distinct.values()})
+        tensors = "1 tensor" if len(distinct) == 1 else f"{len(distinct)} tensors"
+        numbers = "1 number" if numel == 1 else f"{numel:,} numbers"
         parts = [self.kind, f"{tensors}, {numbers}, {', '.join(dtypes)}"]
         if self.step is not None:
             parts.append(f"step {self.step}")
         if self.lr:
-            parts.append(f"optimizer with lr {', '.join(f'{lr:.4g}' for lr in self.lr[:3])}")
+            rates = ", ".join(f"{lr:.4g}" for lr in self.lr[:3])
+            parts.append(f"{self.optimizer_class or 'optimizer'} with lr {rates}")
         return " · ".join(parts)
 
 

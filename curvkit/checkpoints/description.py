@@ -26,6 +26,7 @@ class Description:
         config: What the directory says of the model.
         notes: What a reader should know.
         refusal: Why it is not read when it is measured, and what to do; None if it is.
+        optimizer: Its state without tensors, where the metadata of the directory has it.
     """
 
     path: Path
@@ -39,3 +40,4 @@ class Description:
     config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     refusal: str | None = None
+    optimizer: Mapping[str, Any] | None = None

@@ -119,6 +119,8 @@ def _other(path: Path, head: bytes) -> str:
             "a safetensors file that is cut short or still being written. "
             "Wait until it is complete, or take an earlier checkpoint."
         )
+    if path.suffix == ".onnx":
+        return "a model of ONNX, which is a program. Save the weights from PyTorch: torch.save(model.state_dict(), path)."
     if head[:1] == b"{":
         return "a JSON document, not weights. If it belongs to a model's directory, pass the directory."
     if head[257:262] == b"ustar":
@@ -126,10 +128,10 @@ def _other(path: Path, head: bytes) -> str:
             "a tar archive. Unpack it with: tar xf FILE, and pass what is in it; or it is of torch before 0.1.10, which is not read: "
             "load it there, and torch.save the weights again."
         )
-    if head[:1] == b"\x80":
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):  # the protocols that there are
         return (
-            "a bare pickle, not a file that torch.save wrote. Unpickling runs code, so it is not opened. "
-            "Save the weights with torch.save(model.state_dict(), path)."
+            "a bare pickle, not a file that torch.save wrote. Unpickling runs code, so it is not opened, with --trust neither. "
+            "Load it where it was made, and save the weights there: torch.save(model.state_dict(), path)."
         )
     return (
         f"not a checkpoint: it begins with {head[:8]!r}, but torch.save writes a zip archive. "

@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from curvkit.checkpoints.training_state import NUMBERED
+from curvkit.checkpoints.candidates import NOT_MODELS
+from curvkit.checkpoints.command_lines import quoted
+from curvkit.checkpoints.confined import shown
+from curvkit.checkpoints.runs import numbered
 from curvkit.errors import RefusedCheckpoint
 
 DirectoryKind = Literal["Hugging Face directory", "adapter", "distributed"]
@@ -17,6 +20,8 @@ METADATA = re.compile(r"(__\d+)?\.metadata(\.tmp)?")
 ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".tar")
 FSDP = re.compile(r"pytorch_model_fsdp_\d+")
 """How accelerate and the Trainer call the directory of sharded weights."""
+TRAINING_ARGUMENTS = "training_args.bin"
+"""Of the Trainer: a pickle without weights."""
 TRAINER = {"config.json", "trainer_state.json"}
 """What the Trainer writes beside them."""
 
@@ -43,9 +48,9 @@ def directory_kind(path: Path) -> tuple[DirectoryKind, Path, str]:
         return ("Hugging Face directory" if TRAINER & names else "distributed"), path, ""
     if path.name.startswith("models--") and "snapshots" in names:
         return "Hugging Face directory", path, "a folder of the download cache of Hugging Face"
-    numbered = sorted((int(m[1]), name) for name in names if (m := NUMBERED.fullmatch(name)))
-    if numbered:
-        return "Hugging Face directory", path, f"a run with {len(numbered)} checkpoints, of which the last is taken"
+    runs = numbered(path)
+    if runs:
+        return "Hugging Face directory", path, f"a run with {len(runs)} checkpoints, of which the last is taken"
     raise RefusedCheckpoint(f"{path}: {_advice(path, names)}")
 
 
@@ -59,16 +64,24 @@ def _own_kind(path: Path, names: set[str]) -> DirectoryKind | None:
     if "zero_to_fp32.py" in names or ("latest" in names and any(name.startswith("global_step") for name in names)):
         raise RefusedCheckpoint(
             f"{path}: a checkpoint of DeepSpeed, whose weights are spread over files that only DeepSpeed can put together. "
-            f"Run its own script, python {path / 'zero_to_fp32.py'} {path} OUTPUT, and pass the file that it writes."
+            f"Run its own script, {_gathering(path)}, and pass what it writes."
         )
     if any(name.startswith(("mp_rank_", "zero_pp_rank_", "bf16_zero_pp_rank_")) for name in names):
+        script = path.parent / "zero_to_fp32.py"
+        run = (
+            f"Run {_gathering(path.parent)}" if script.is_file() else "Run DeepSpeed's zero_to_fp32.py on their folder"
+        )
         raise RefusedCheckpoint(
-            f"{path}: shards of DeepSpeed, each of which holds a part of the weights. "
-            "Run the zero_to_fp32.py that DeepSpeed put beside them, and pass the file that it writes."
+            f"{path}: shards of DeepSpeed, each of which holds a part of the weights. {run}, and pass what it writes."
         )
     if "config.json" in names and not any(name.endswith(ENDINGS) for name in names):
         return "Hugging Face directory"  # its reader says which weights are missing
     return None
+
+
+def _gathering(path: Path) -> str:
+    """How the script that DeepSpeed puts into a folder is called."""
+    return f"python {quoted(path / 'zero_to_fp32.py')} {quoted(path)} OUTPUT"
 
 
 def _advice(path: Path, names: set[str]) -> str:
@@ -79,7 +92,9 @@ def _advice(path: Path, names: set[str]) -> str:
     folders = sorted((name for name in names if (path / name).is_dir()), key=_natural)
     if files:
         more = f" and {len(files) - 4} more" if len(files) > 4 else ""
-        return f"a directory with {', '.join(files[:4])}{more}. Pass one of them, for example {path / files[-1]}"
+        which = "Pass it:" if len(files) == 1 else "Pass one of them, for example"
+        likely = [name for name in files if not NOT_MODELS.search(name) and name != TRAINING_ARGUMENTS] or files
+        return f"a directory with {', '.join(map(shown, files[:4]))}{more}. {which} {path / likely[-1]}"
     held = next((name for name in reversed(folders) if _holds_checkpoint(path / name)), None)
     if held is not None:
         return f"a directory, not a checkpoint. Pass one that is in it, for example {path / held}"

@@ -10,12 +10,13 @@ from typing import IO, TYPE_CHECKING, Any
 from curvkit.checkpoints.confined import confined, unreadable
 from curvkit.checkpoints.description import Description
 from curvkit.checkpoints.distributed_metadata import Metadata, metadata
+from curvkit.checkpoints.distributed_optimizer import optimizer_groups
 from curvkit.checkpoints.documents import brief
-from curvkit.checkpoints.layouts import STEP_KEYS
 from curvkit.checkpoints.nesting import nested
 from curvkit.checkpoints.pieces import Piece, Place, Split
 from curvkit.checkpoints.safetensors_file import Stored
-from curvkit.checkpoints.torch_item import item, number
+from curvkit.checkpoints.torch_item import item, number, plain
+from curvkit.checkpoints.training_entries import STEP_KEYS
 from curvkit.errors import RefusedCheckpoint
 
 if TYPE_CHECKING:
@@ -76,10 +77,11 @@ def describe(path: Path) -> Description:
     """
     groups: dict[str, dict[str, Stored]] = {}
     files: set[Path] = set()
-    processes, step = 0, None
+    processes, step, optimizers = 0, None, []
     for directory in _found(path):
         index = metadata(_contents(directory))
         with _Files(directory) as opened:
+            optimizers.append(optimizer_groups(index, lambda place: opened.content(place, plain), str(directory)))
             step = next((found for key in STEP_KEYS if (found := _number(index, opened, key)) is not None), step)
         alone = "model" if all(len(keys) == 1 for keys in index.paths.values()) else "others"
         for name, split in index.tensors.items():
@@ -89,7 +91,9 @@ def describe(path: Path) -> Description:
             processes = max(processes, len(split.pieces))
             files |= {confined(directory, p.place.file, source=str(directory)) for p in split.pieces if p.place}
     notes = (f"tensors in up to {processes} pieces",) if processes > 1 else ()
-    return Description(path, KIND, sum(file.stat().st_size for file in files), CHECKSUM, groups, step=step, notes=notes)
+    states, size = [found for found in optimizers if found is not None], sum(file.stat().st_size for file in files)
+    optimizer = states[0] if len(states) == 1 else None
+    return Description(path, KIND, size, CHECKSUM, groups, step=step, notes=notes, optimizer=optimizer)
 
 
 def _parts(path: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from curvkit.checkpoints.description import Description
 from curvkit.checkpoints.documents import brief, document
 from curvkit.checkpoints.hub_cache import snapshot
 from curvkit.checkpoints.names import clean
+from curvkit.checkpoints.runs import number_of, numbered
 from curvkit.checkpoints.safetensors_file import NO_CHECKSUM
 from curvkit.checkpoints.shards import Load, Shards
+from curvkit.checkpoints.training_entries import optimizer_entry
 from curvkit.checkpoints.trust import NOTHING, Trust
 from curvkit.errors import RefusedCheckpoint
 
@@ -54,8 +56,7 @@ def read_directory(path: Path, *, load: Load, trust: Trust = NOTHING) -> Checkpo
     if refusal is not None:
         raise RefusedCheckpoint(f"{directory / 'config.json'}: {refusal}")
     if _spread(directory):
-        tensors, optimizer = _gathered(directory)
-        said = ("the weights are spread over the files of several processes",)
+        tensors, optimizer, said = _gathered(directory)
     else:
         tensors, said = shards.read(_weights(directory), load)
         optimizer, unread = training_state.optimizer_beside(directory, load)
@@ -71,6 +72,7 @@ def read_directory(path: Path, *, load: Load, trust: Trust = NOTHING) -> Checkpo
         removed=removed,
         config=config,
         notes=(*notes, *said, *_config_notes(config)),
+        schedule=training_state.logged_rates(directory),
     )
 
 
@@ -118,7 +120,12 @@ def describe(path: Path) -> Description:
         state,
         training_state.step(directory),
         config,
-        (*notes, *(note for note in said if note != NO_CHECKSUM), *_config_notes(config)),
+        (
+            *notes,
+            *(note for note in said if note != NO_CHECKSUM),
+            *training_state.several_optimizers(directory),
+            *_config_notes(config),
+        ),
         refusal,
     )
 
@@ -128,7 +135,7 @@ def _chosen(path: Path) -> tuple[Path, tuple[str, ...]]:
     if path.name.startswith("models--") and (path / "snapshots").is_dir():
         found = snapshot(path)
         return found, (f"snapshot {found.name} was taken",)
-    runs = training_state.numbered(path)
+    runs = numbered(path)
     own = (adapters.CONFIG, SPREAD)
     if not runs or any((path / name).exists() for name in own) or shards.find(path):
         return path, ()
@@ -147,18 +154,18 @@ def _spread(directory: Path) -> bool:
     return (directory / SPREAD).exists() and shards.find(directory) is None
 
 
-def _gathered(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Weights and optimizer state, put together from the files of all processes."""
+def _gathered(directory: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None, tuple[str, ...]]:
+    """Weights, optimizer state and notes, put together from the files of all processes."""
     from torch import Tensor  # `describe` is used where torch is not wanted
 
     content = distributed.read_distributed(directory)
-    weights, optimizer = content.get("model"), content.get("optimizer")
+    weights, notes = content.get("model"), ["the weights are spread over the files of several processes"]
     if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
         raise RefusedCheckpoint(
             f"{directory / SPREAD}: holds no tensors by name under 'model', where accelerate puts the weights. "
             "Pass the directory as accelerate wrote it."
         )
-    return weights, optimizer if isinstance(optimizer, dict) else None
+    return weights, optimizer_entry((content,), notes), tuple(notes)
 
 
 def _weights(directory: Path) -> Shards:
@@ -179,8 +186,8 @@ def _weights(directory: Path) -> Shards:
 
 def _next_step(directory: Path, names: list[str]) -> str:
     """What to type, by what lies there instead of weights."""
-    earlier = [run for run in training_state.numbered(directory.parent) if run.name != directory.name]
-    if training_state.NUMBERED.fullmatch(directory.name) and earlier:
+    earlier = [run for run in numbered(directory.parent) if run.name != directory.name]
+    if number_of(directory.name) is not None and earlier:
         return f"The checkpoint is incomplete or still being written; an earlier one is {earlier[-1]}"
     within = [name for name in names if (directory / name / adapters.CONFIG).is_file()]
     if within:

@@ -8,27 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from curvkit.checkpoints.candidates import Candidates, located
+from curvkit.checkpoints.command_lines import quoted
+from curvkit.checkpoints.learning_rates import schedule_entry
 from curvkit.checkpoints.names import clean
 from curvkit.checkpoints.pickle_values import Made
+from curvkit.checkpoints.printable import printable, printable_key
+from curvkit.checkpoints.quantised import ADVICE, quantised_name
 from curvkit.checkpoints.stored import StoredTensor
+from curvkit.checkpoints.training_entries import OPTIMIZER_KEYS, is_optimizer_state, optimizer_entry, step_entry
 from curvkit.checkpoints.writers import writer
 from curvkit.errors import InvalidArgument, RefusedCheckpoint, UnknownObjective
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "weights", "params")
 """Under which key a training dict holds the weights, in order of preference."""
-OPTIMIZER_KEYS = (
-    "optimizer",
-    "optimizer_state_dict",
-    "optim",
-    "opt",
-    "optimizer_state",
-    "optimizer_states",
-    "optimizers",
-)
-STEP_KEYS = ("step", "global_step", "iter_num", "num_iters", "iteration", "iter")
-"""An epoch is no step: it has as many of them as there are batches."""
-QUANTISED = (".qweight", ".qzeros", ".SCB", ".absmax", "._packed_params", ".bitsandbytes__nf4", ".bitsandbytes__fp4")
-"""How names of weights end that GPTQ, AWQ, bitsandbytes and torch's own quantisation write."""
 COUNTER = "n_averaged"
 """Of torch.optim.swa_utils.AveragedModel."""
 
@@ -51,6 +43,8 @@ class Layout:
     removed: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
+    optimizer_said: str | None = None
+    schedule: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -111,7 +105,7 @@ def interpret(
     default = key is None or key == found.default
     alone = all(name == chosen for name in found.raw if name.startswith(f"{chosen.rpartition('.')[0]}."))
     places = (parent, content) if default else (parent,) if parent is not content and alone else ()
-    optimizer = _optimizer(places, notes)
+    optimizer = optimizer_entry(places, notes)
     if (
         optimizer is None
         and not default
@@ -123,7 +117,7 @@ def interpret(
         optimizer = None
     if chosen and key is None and chosen not in WEIGHT_KEYS:
         notes.append(f"the weights are those under {chosen!r}")
-    recipe = own.get("recipe")
+    recipe, said = own.get("recipe"), own.get("optimizer")
     kind, config = writer(content, own, chosen, averaged)
     others = (
         (chosen, *(name for name in found.raw if name != chosen)) if chosen and not found.is_averaged(chosen) else ()
@@ -132,14 +126,16 @@ def interpret(
         kind,
         {mapping[name]: value for name, value in weights.items()},
         optimizer,
-        _step(parent, content, tensor),
+        step_entry((parent, content), tensor),
         recipe if isinstance(recipe, Mapping) else None,
-        tuple(map(_shown, content)) if chosen else (),
+        tuple(map(printable_key, content)) if chosen else (),
         others,
         _clean_names(own.get("optimizer_names"), mapping) if default else None,
         removed,
         found.variants(chosen),
         config,
+        said if isinstance(said, str) and optimizer is not None else None,
+        schedule_entry((parent, content), kind) if optimizer is not None else None,
         tuple(notes),
     )
 
@@ -147,13 +143,18 @@ def interpret(
 def _raw(path: Path, found: Candidates, content: Mapping[Any, Any]) -> tuple[str, Mapping[Any, Any]]:
     if found.whole is not None:
         return "", found.whole
+    if is_optimizer_state(content):
+        raise RefusedCheckpoint(
+            f"{path}: holds the state of an optimizer, and no weights. Pass the file that has the weights, or save both in one: "
+            "torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, path)."
+        )
     if found.default is not None:
         return found.default, {**found.raw, **found.averaged}[found.default]
     if found.raw:
-        shown = ", ".join(list(found.raw)[:6]) + (" ..." if len(found.raw) > 6 else "")
+        shown = ", ".join(map(printable, list(found.raw)[:6])) + (" ..." if len(found.raw) > 6 else "")
         raise UnknownObjective(
             f"{path}: holds several models, and none of them is under a usual key: {shown}. "
-            f"Say which one is meant, for example --key {next(iter(found.raw))}"
+            f"Say which one is meant, for example --key {_typed(found.raw)}"
         )
     raise RefusedCheckpoint(
         f"{path}: no state dict found. {_keys(content)} The weights are looked for under {', '.join(WEIGHT_KEYS)}. "
@@ -168,8 +169,8 @@ def _averaged(
         return next(iter(found.averaged.items()))
     if found.averaged:
         raise UnknownObjective(
-            f"{path}: holds several sets of averaged weights: {', '.join(found.averaged)}. "
-            f"Say which one is meant, for example --key {next(iter(found.averaged))}"
+            f"{path}: holds several sets of averaged weights: {', '.join(map(printable, found.averaged))}. "
+            f"Say which one is meant, for example --key {_typed(found.averaged)}"
         )
     if found.whole is not None and isinstance(found.whole.get(COUNTER), tensor):
         return "", found.whole
@@ -184,44 +185,14 @@ def _parent(content: Mapping[Any, Any], chosen: str) -> Mapping[Any, Any]:
     return parent if isinstance(parent, Mapping) else content
 
 
-def _optimizer(places: tuple[Mapping[Any, Any], ...], notes: list[str]) -> Mapping[str, Any] | None:
-    for place in places:
-        for name in OPTIMIZER_KEYS:
-            value = place.get(name)
-            if isinstance(value, list | tuple) and len(value) > 1:
-                notes.append(f"{name} holds the states of {len(value)} optimizers; none was taken")
-                return None
-            value = value[0] if isinstance(value, list | tuple) and value else value
-            if isinstance(value, Mapping) and "param_groups" in value:
-                return value
-    return None
-
-
-def _step(parent: Mapping[Any, Any], content: Mapping[Any, Any], tensor: type[Any]) -> Any:
-    """A whole number, or a tensor that holds one."""
-    for place in (parent, content):
-        for name in STEP_KEYS:
-            value = place.get(name)
-            if (type(value) is int and value >= 0) or (isinstance(value, tensor) and _is_whole(value)):
-                return value
-    return None
-
-
-def _is_whole(value: Any) -> bool:
-    return tuple(value.shape) == () and str(value.dtype).removeprefix("torch.") in ("int64", "int32")
-
-
 def _refuse_kinds(path: Path, weights: Mapping[str, Any]) -> None:
-    quantised = next((name for name in weights if name.endswith(QUANTISED)), None)
+    quantised = quantised_name(weights)
     if quantised is not None:
-        raise RefusedCheckpoint(
-            f"{path}: the weights are quantised ({_shown(quantised)!r}), and such weights have no curvature of their own. "
-            "Pass the checkpoint before quantisation."
-        )
+        raise RefusedCheckpoint(f"{path}: the weights are quantised ({printable(quantised)!r}). {ADVICE}")
     flat = next((name for name in weights if name.rpartition(".")[2] in ("_flat_param", "flat_param")), None)
     if flat is not None:
         raise RefusedCheckpoint(
-            f"{path}: the part that one process of FSDP held ({_shown(flat)!r}), not a model. "
+            f"{path}: the part that one process of FSDP held ({printable(flat)!r}), not a model. "
             "Save with StateDictType.FULL_STATE_DICT, or pass the directory of torch.distributed.checkpoint."
         )
 
@@ -236,13 +207,12 @@ def _clean_names(names: Any, mapping: Mapping[str, str]) -> list[list[str]] | No
 
 
 def _keys(content: Mapping[Any, Any]) -> str:
-    return f"Its keys are: {', '.join(map(_shown, list(content)[:8])) or 'none'}."
+    return f"Its keys are: {', '.join(map(printable_key, list(content)[:8])) or 'none'}."
 
 
-def _shown(key: Any) -> str:
-    """A key of a stranger's dict, for people: short, and on one line."""
-    text = str(key) if isinstance(key, str | int | float) else type(key).__name__
-    return "".join(c if c.isprintable() else "?" for c in text[:100])
+def _typed(found: Mapping[str, Any]) -> str:
+    """The first key as it is typed."""
+    return quoted(printable(next(iter(found))))
 
 
 def _word(content: Any) -> str:

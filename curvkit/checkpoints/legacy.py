@@ -7,7 +7,6 @@ from typing import IO, Any
 
 from curvkit.checkpoints.outline import Outline, outline
 from curvkit.checkpoints.pickle_values import NotPlain
-from curvkit.checkpoints.stored import StoredTensor, number_in
 from curvkit.errors import RefusedCheckpoint
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -67,19 +66,6 @@ class LegacyFile:
                 raise RefusedCheckpoint(_damaged(self.path, "it became shorter while it was read"))
             target[position : position + len(chunk)] = chunk
             position += len(chunk)
-
-    def number(self, stored: StoredTensor) -> float | int | None:
-        """Read a tensor of one number, without torch.
-
-        Args:
-            stored: Its place, in a small storage.
-
-        Returns:
-            The number; None for a type that Python has not.
-        """
-        content = bytearray(self.sizes[stored.storage_key])
-        self.read_into(stored.storage_key, memoryview(content))
-        return number_in(bytes(content), stored, swapped=self.swapped)
 
     def verify(self) -> None:
         """Nothing: the format has no checksum."""

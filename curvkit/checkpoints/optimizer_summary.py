@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from curvkit.checkpoints.printable import printable
+
 Scalar = Callable[[Any], float | int | None]
 
 
@@ -57,7 +59,7 @@ def optimizer_summary(state: Mapping[str, Any] | None, name: str | None, scalar:
     betas = next((group["betas"] for group in groups if isinstance(group.get("betas"), list | tuple)), None)
     momentum = next((group for group in groups if "momentum" in group), {})
     return OptimizerSummary(
-        name[:100] if name else _guessed(groups[0] if groups else {}),
+        optimizer_class(state, name),
         len(groups),
         _distinct(groups, "lr", scalar),
         _numbers(betas, scalar) if betas is not None else None,
@@ -68,8 +70,25 @@ def optimizer_summary(state: Mapping[str, Any] | None, name: str | None, scalar:
     )
 
 
-def _guessed(group: Mapping[str, Any]) -> str | None:
-    """Class of torch.optim by the names in its groups."""
+def optimizer_class(state: Mapping[str, Any] | None, name: str | None) -> str | None:
+    """The class of an optimizer, as far as its state shows it.
+
+    Args:
+        state: As of `Optimizer.state_dict()`.
+        name: What the checkpoint says itself.
+
+    Returns:
+        What is said, else the class of torch.optim whose groups have such names: "AdamW", or "Adam or AdamW" where the two cannot be told
+        apart; None if it is none of them.
+
+    Example:
+        >>> optimizer_class({"param_groups": [{"betas": (0.9, 0.99), "amsgrad": False, "decoupled_weight_decay": True}]}, None)
+        'AdamW'
+    """
+    if name:
+        return printable(name, 100)
+    groups = state.get("param_groups") if state is not None else None
+    group = next((group for group in groups if isinstance(group, Mapping)), {}) if isinstance(groups, list) else {}
     has = set(group)
     if {"betas", "amsgrad"} <= has:
         if "decoupled_weight_decay" in has:

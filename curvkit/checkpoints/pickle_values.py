@@ -44,6 +44,13 @@ class Made:
     def __init__(self, maker: Any, arguments: Any) -> None:
         self.maker, self.arguments, self.state = maker, arguments, None
 
+    def __repr__(self) -> str:
+        """What would have been called; a path as the text that it is made of."""
+        parts = self.arguments if isinstance(self.arguments, tuple) else ()
+        if self.full.startswith("pathlib.") and parts and all(isinstance(part, str) for part in parts):
+            return repr("/".join(parts).replace("//", "/"))
+        return f"{self.full or 'an object'}(...)"
+
     @property
     def full(self) -> str:
         """Name of the class or function; empty if it is not known by one."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from curvkit.checkpoints.checkpoint import Checkpoint
+from curvkit.checkpoints.command_lines import weight_options
 from curvkit.checkpoints.detection import detect
 from curvkit.checkpoints.layouts import WEIGHT_KEYS, Layout, interpret
 from curvkit.checkpoints.live import Materialiser
@@ -52,6 +54,12 @@ def read(path: Path, *, key: str | None = None, ema: bool = False, trust: Trust 
         >>> found.kind, list(found.weights), found.step
         ('training dict', ['w'], 4)
     """
+    allowed = tuple(word for name in trust.classes for word in ("--allow", name))
+    options = (*weight_options(key, ema), *allowed, *(("--trust",) if trust.everything else ()))
+    return replace(_read(path, key, ema, trust), options=options)
+
+
+def _read(path: Path, key: str | None, ema: bool, trust: Trust) -> Checkpoint:
     found = detect(path)
     if found.kind == "safetensors":
         return _safetensors(path, key, ema)
@@ -113,6 +121,8 @@ def _made(path: Path, layout: Layout, live: Any, notes: tuple[str, ...]) -> Chec
         layout.variants,
         live(layout.config),
         notes=(*layout.notes, *notes),
+        optimizer_said=layout.optimizer_said,
+        schedule=live(layout.schedule),
     )
 
 

@@ -16,8 +16,12 @@ from curvkit.checkpoints.legacy import NO_CHECKSUM as NO_CHECKSUM_LEGACY
 from curvkit.checkpoints.legacy import LegacyFile
 from curvkit.checkpoints.outline import Outline, outline
 from curvkit.checkpoints.pickle_values import NotPlain
-from curvkit.checkpoints.stored import StoredTensor
+from curvkit.checkpoints.printable import printable
+from curvkit.checkpoints.stored import StoredTensor, number_in
 from curvkit.errors import RefusedCheckpoint
+
+LARGEST_SCALAR = 4096
+"""Bytes of a storage that is read for one number."""
 
 __all__ = ["Skeleton", "StoredTensor", "opened", "read_skeleton"]
 
@@ -39,6 +43,28 @@ class Skeleton:
     sizes: dict[str, int]
     file: Archive | LegacyFile
     notes: tuple[str, ...] = ()
+
+    def scalar(self, value: Any) -> float | int | None:
+        """Read a number, also one that was saved as a tensor: a learning rate, a step.
+
+        Args:
+            value: Of the content.
+
+        Returns:
+            The number; None if it is none, or of a type that Python has not.
+
+        Raises:
+            RefusedCheckpoint: If it does not match its checksum.
+
+        Cost: one small storage is read; torch is not imported.
+        """
+        if isinstance(value, int | float):
+            return value
+        if not isinstance(value, StoredTensor) or value.numel != 1 or self.sizes[value.storage_key] > LARGEST_SCALAR:
+            return None
+        content = bytearray(self.sizes[value.storage_key])
+        self.file.read_into(value.storage_key, memoryview(content))
+        return number_in(bytes(content), value, swapped=self.file.swapped)
 
 
 def read_skeleton(path: Path) -> Skeleton:
@@ -117,7 +143,7 @@ def _check_sizes(path: Path, found: Outline, sizes: dict[str, int]) -> None:
     for key, storage in found.storages.items():
         if key not in sizes:
             raise RefusedCheckpoint(
-                f"{path}: a tensor refers to the record 'data/{key[:40]}', which is not in the archive. "
+                f"{path}: a tensor refers to the record 'data/{printable(key, 40)}', which is not in the archive. "
                 "Take another copy or an earlier checkpoint."
             )
         if storage.bytes > sizes[key] or sizes[key] - storage.bytes >= 16:

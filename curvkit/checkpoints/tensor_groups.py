@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from curvkit.checkpoints.pickle_values import Made
+from curvkit.checkpoints.printable import printable_key
 from curvkit.checkpoints.stored import StoredTensor
 
 
@@ -104,10 +105,5 @@ def groups_of(content: Any) -> tuple[TensorGroup, ...]:
     else:
         top = {key: value for key, value in content.items() if isinstance(value, StoredTensor)}
         groups = [group_of("weights", top)]
-        groups += [group_of(_word(key), value) for key, value in content.items() if key not in top]
+        groups += [group_of(printable_key(key), value) for key, value in content.items() if key not in top]
     return tuple(group for group in groups if group.tensors)
-
-
-def _word(key: Any) -> str:
-    text = str(key) if isinstance(key, str | int | float) else type(key).__name__
-    return "".join(c if c.isprintable() else "?" for c in text[:100])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from curvkit.checkpoints.allowed import explained, harmless, refused
+from curvkit.checkpoints.allowed import explained, refused
 from curvkit.checkpoints.detection import CODE, detect
 from curvkit.checkpoints.live import Materialiser
+from curvkit.checkpoints.printable import printable
 from curvkit.checkpoints.skeleton import Skeleton, opened
 from curvkit.checkpoints.trust import NOTHING, NeedsTrust, Trust
 from curvkit.checkpoints.trusted import can_be_allowed, trusted_content
@@ -74,7 +76,7 @@ def data_of(path: Path, trust: Trust) -> Generator[Any]:
     with opened(path) as skeleton:
         names = refused(skeleton.globals)
         if not names:
-            yield skeleton
+            yield replace(skeleton, notes=(*skeleton.notes, *unneeded(trust)))
             return
         left = tuple(name for name in names if name not in trust.classes)
         if left and not trust.everything:
@@ -83,12 +85,30 @@ def data_of(path: Path, trust: Trust) -> Generator[Any]:
         yield trusted_content(path, kind, trust, names)
 
 
+def unneeded(trust: Trust) -> tuple[str, ...]:
+    """A note for the user of a file that refers to no classes.
+
+    Args:
+        trust: With the classes that were let in.
+
+    Returns:
+        One note, or none.
+
+    Example:
+        >>> unneeded(Trust(classes=("train.Config",)))
+        ('--allow train.Config was not needed: the file refers to no class',)
+    """
+    if not trust.classes:
+        return ()
+    return (f"--allow {', '.join(trust.classes)} was not needed: the file refers to no class",)
+
+
 def _refusal(path: Path, skeleton: Skeleton, names: tuple[str, ...]) -> str:
     """Why a file is refused, with the names that it refers to."""
     known = explained(names)
     if known is not None:
         return f"{path}: refused, it holds {known}."
-    shown = ", ".join(harmless(name) for name in names[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
+    shown = ", ".join(printable(name) for name in names[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
     tensors = any("_rebuild_" in name for name in skeleton.globals)
     modules = [name for name in names if ".nn.modules." in name]
     kind = "a whole pickled model" if modules else "more than tensors and plain data"

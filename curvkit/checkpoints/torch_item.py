@@ -66,9 +66,35 @@ def number(path: Path, content: bytes) -> int | None:
         >>> number(Path("__0_0.distcp"), file.getvalue())
         7
     """
+    found = plain(path, content)
+    return found if type(found) is int else None
+
+
+def plain(path: Path, content: bytes) -> Any:
+    """Read an item whose tensors, if it has any, are not wanted.
+
+    Args:
+        path: Of the file, for messages.
+        content: The part of it.
+
+    Returns:
+        Plain values, with a `StoredTensor` for every tensor.
+
+    Raises:
+        RefusedCheckpoint: As `item`.
+
+    Cost: one pass over the part; torch is not imported.
+
+    Example:
+        >>> import torch
+        >>> file = io.BytesIO()
+        >>> torch.save({"lr": 0.5}, file)
+        >>> plain(Path("__0_0.distcp"), file.getvalue())
+        {'lr': 0.5}
+    """
     archive, found = _outline(path, content)
     archive.verify()
-    return found.content if type(found.content) is int else None
+    return found.content
 
 
 def _outline(path: Path, content: bytes) -> tuple[Archive, Outline]:

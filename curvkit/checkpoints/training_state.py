@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from curvkit.checkpoints.confined import confined, unreadable
+from curvkit.checkpoints.allowed import refused
+from curvkit.checkpoints.confined import confined
 from curvkit.checkpoints.documents import document
 from curvkit.checkpoints.places import check_places
+from curvkit.checkpoints.runs import number_of
+from curvkit.checkpoints.skeleton import read_skeleton
 from curvkit.checkpoints.trust import NeedsTrust
 from curvkit.errors import RefusedCheckpoint
 
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 """Of the Trainer of Hugging Face, and of accelerate."""
-NUMBERED = re.compile(r"checkpoint-(\d{1,18})")
-"""How the Trainer names the directories of a run."""
 
 
 def optimizer_file(directory: Path) -> Path | None:
@@ -26,15 +26,34 @@ def optimizer_file(directory: Path) -> Path | None:
         directory: Of one checkpoint.
 
     Returns:
-        Its resolved path; None if there is none.
+        Its resolved path; None if there is none, or if there are several.
 
     Raises:
         RefusedCheckpoint: If it leads outside the directory.
 
     Cost: look-ups in the file system.
     """
+    if several_optimizers(directory):
+        return None
     name = next((name for name in OPTIMIZER_FILES if (directory / name).exists()), None)
     return None if name is None else confined(directory, name, source=str(directory))
+
+
+def several_optimizers(directory: Path) -> tuple[str, ...]:
+    """What to say of states of several optimizers, as accelerate numbers them: nothing says which one belongs to the weights.
+
+    Args:
+        directory: Of one checkpoint.
+
+    Returns:
+        A note; nothing if there is one state at most.
+
+    Cost: look-ups in the file system.
+    """
+    there = [name for name in ("optimizer.bin", "optimizer_1.bin", "optimizer_2.bin") if (directory / name).exists()]
+    if len(there) < 2:
+        return ()
+    return (f"the states of several optimizers are there ({', '.join(there)}); none was taken",)
 
 
 def optimizer_beside(directory: Path, load: Callable[[Path], Any]) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
@@ -45,24 +64,27 @@ def optimizer_beside(directory: Path, load: Callable[[Path], Any]) -> tuple[Mapp
         load: Reads a file of torch.save.
 
     Returns:
-        The state, and notes; None if there is none, or if reading it would need more trust than the file has.
+        The state, and notes; None if there is none, if reading it would need more trust than the file has, or if it has that trust and is
+        no such state all the same.
 
     Raises:
-        RefusedCheckpoint: If it is damaged, leads outside the directory, is something else, or claims more memory than it has numbers.
+        RefusedCheckpoint: If a file of plain data is damaged, is something else, or claims more memory than it has numbers; if the file
+            leads outside the directory.
 
     Cost: two passes over the file.
     """
     path = optimizer_file(directory)
     if path is None:
-        return None, ()
-    try:
-        content = load(path)
-    except NeedsTrust as error:
-        return None, (f"the optimizer's state was not read: {error}",)
+        return None, several_optimizers(directory)
     from torch import Tensor  # descriptions are made where torch is not wanted
 
-    state = optimizer_state(path, content)
-    check_places(path, {}, state, Tensor)
+    try:
+        state = optimizer_state(path, load(path))
+        check_places(path, {}, state, Tensor)
+    except RefusedCheckpoint as error:
+        if not isinstance(error, NeedsTrust) and not refused(read_skeleton(path).globals):
+            raise
+        return None, (f"the optimizer's state was not read: {error}",)
     return state, ()
 
 
@@ -111,26 +133,27 @@ def step(directory: Path) -> int | None:
         raise RefusedCheckpoint(
             f"{directory / 'trainer_state.json'}: has no global_step that is a number >= 0. Take another copy or an earlier checkpoint."
         )
-    named = NUMBERED.fullmatch(directory.name)
-    return int(named[1]) if named else None
+    return number_of(directory.name)
 
 
-def numbered(directory: Path) -> list[Path]:
-    """The checkpoints of a run, by number.
+def logged_rates(directory: Path) -> Mapping[str, Any] | None:
+    """The highest learning rate that the Trainer has logged so far.
 
     Args:
-        directory: Of the run.
+        directory: Of one checkpoint.
 
     Returns:
-        Its children `checkpoint-N`, the last one last.
+        {"logged_learning_rate": ...}; None if trainer_state.json is not there or has logged none.
 
     Raises:
-        RefusedCheckpoint: If the directory cannot be listed.
+        RefusedCheckpoint: If trainer_state.json is damaged.
 
-    Cost: one listing.
+    Cost: that file is read.
     """
-    try:
-        found = [(int(m[1]), p) for p in directory.iterdir() if (m := NUMBERED.fullmatch(p.name)) and p.is_dir()]
-    except OSError as error:
-        raise RefusedCheckpoint(unreadable(directory, error)) from error
-    return [path for _, path in sorted(found)]
+    if not (directory / "trainer_state.json").exists():
+        return None
+    history = document(confined(directory, "trainer_state.json", source=str(directory))).get("log_history")
+    entries: list[Any] = history if isinstance(history, list) else []
+    rates = [entry.get("learning_rate") for entry in entries if isinstance(entry, dict)]
+    numbers = [rate for rate in rates if isinstance(rate, int | float) and not isinstance(rate, bool) and rate >= 0]
+    return {"logged_learning_rate": max(numbers)} if numbers else None

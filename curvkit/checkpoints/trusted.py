@@ -141,14 +141,14 @@ def _check_classes(classes: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def _current_directory() -> Generator[None]:
-    """Python finds modules in the current directory, as it does for a script."""
+    """Python finds modules in the current directory, after all others: a file json.py that lies there is not what a library imports."""
     here = str(Path.cwd())
-    sys.path.insert(0, here)
+    sys.path.append(here)
     try:
         yield
     finally:
         with contextlib.suppress(ValueError):
-            sys.path.remove(here)
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
 
 
 def _without_modules(content: Any) -> Any:

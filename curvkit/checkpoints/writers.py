@@ -7,6 +7,9 @@ from typing import Any
 
 from curvkit.checkpoints.pickle_values import Made
 
+SETTINGS = ("args", "config", "hparams", "hyper_parameters", "cfg", "model_args")
+"""Under which key a training dict holds the settings of its run, in order of preference."""
+
 
 def writer(
     content: Mapping[Any, Any], own: Mapping[Any, Any], chosen: str, averaged: bool
@@ -37,7 +40,10 @@ def writer(
         return "timm checkpoint", {"arch": content["arch"], **({"args": arguments} if arguments else {})}
     if averaged and not chosen:
         return "state dict of an AveragedModel", None
-    return ("training dict" if chosen else "state dict"), None
+    if not chosen:
+        return "state dict", None
+    settings = (plain_mapping(content.get(key)) for key in SETTINGS)
+    return "training dict", next((found for found in settings if found), None)
 
 
 def plain_mapping(value: Any) -> Mapping[str, Any] | None:

@@ -12,6 +12,7 @@ from curvkit import seeds
 from curvkit.errors import CurvkitError
 from curvkit.linalg.basis import PIECE
 from curvkit.linalg.maps import LinearMap
+from curvkit.linalg.recorded import derived
 from curvkit.results.trace_estimate import TraceParts
 
 PURPOSE = "trace probe"
@@ -138,8 +139,12 @@ def sampled(A: LinearMap, index: int, *, lengths: Sequence[int], seed: int, bloc
         CurvkitError: If a product has NaN or infinite entries.
     """
     X = [probe(A, seed, index + i) for i in range(block_size)]
-    Y = [A.matvec(X[0])] if block_size == 1 else list(A.matmat(torch.stack(X, dim=1)).unbind(1))
-    rows = [part_sums(x, y, lengths) for x, y in zip(X, Y, strict=True)]
+
+    def made() -> Tensor:
+        Y = [A.matvec(X[0])] if block_size == 1 else list(A.matmat(torch.stack(X, dim=1)).unbind(1))
+        return torch.stack([part_sums(x, y, lengths) for x, y in zip(X, Y, strict=True)])
+
+    rows = list(derived(A, "part sums", X, made))
     for i, row in enumerate(rows):
         refuse_not_finite(row, f"with probe {index + i + 1}")
     return rows

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from curvkit import seeds
 from curvkit.linalg.basis import Basis, norm
 from curvkit.linalg.deflation import BREAKDOWN, part_traces
 from curvkit.linalg.hutchinson import Draws, Samples, part_sums, probe, refuse_not_finite
 from curvkit.linalg.maps import LinearMap
+from curvkit.linalg.recorded import derived
 
 SKETCH = "trace sketch"
 
@@ -74,12 +76,32 @@ def steps(A: LinearMap, *, rank: int, lengths: Sequence[int], seed: int) -> Iter
     known -= part_traces(basis, (T + T.T) / 2, lengths)
     samples = Samples(lengths)
     while True:
-        x = probe(A, seed, samples.size)
-        w = x.clone()
-        basis.orthogonalize(w)
-        y = A.matvec(w).clone()
-        basis.orthogonalize(y)
-        row = part_sums(x, y, lengths)
+        row = sampled(A, basis, probe(A, seed, samples.size), lengths)
         refuse_not_finite(row, f"with probe {samples.size + 1}")
         samples.append(row)
         yield samples.draws(products=products + samples.size, step=1, known=known, rank=basis.size)
+
+
+def sampled(A: LinearMap, basis: Basis, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sample what is left of A beside the rows Q of a basis.
+
+    Args:
+        A: Symmetric, of order n.
+        basis: The rows Q.
+        x: [n], the probe, drawn independently of Q.
+        lengths: Coordinates of each part.
+
+    Returns:
+        [p] float64, the part sums of x * (P A P x), P = I - Q'Q.
+
+    Cost: one product and 4 r n multiplications.
+    """
+    w = x.clone()
+    basis.orthogonalize(w)
+
+    def made() -> Tensor:
+        y = A.matvec(w).clone()
+        basis.orthogonalize(y)
+        return part_sums(x, y, lengths)
+
+    return derived(A, "remaining part sums", [w], made)

@@ -7,7 +7,6 @@ and a new direction after a breakdown are all the same Rayleigh-Ritz step on a g
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +39,7 @@ from curvkit.linalg.krylov import (
     wanted,
 )
 from curvkit.linalg.maps import LinearMap
+from curvkit.linalg.recorded import clock_of
 from curvkit.linalg.settings import Settings, allowed
 from curvkit.linalg.state import SPANNED, LanczosState
 from curvkit.results.eigenpairs import Eigenpairs
@@ -188,13 +188,14 @@ def search(
             f"lanczos: tolerance={settings.tolerance!r} is below {least:.2g}, the rounding of products in {arithmetic}. "
             "Allow more, or compute in float64."
         )
-    began, spent, aim = time.monotonic(), 0, settings.tolerance
+    clock = clock_of(A)
+    began, spent, aim = clock(), 0, settings.tolerance
     still = settings.block_size + other.products(settings.num)  # products of one more step and its certificate
     for state in steps(A, settings, start=start, seed=seed):
         estimate = partial(A, state, settings, spent)
         yield estimate
         last = state.spanned or estimate.products + still > settings.max_products
-        last = last or (settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds)
+        last = last or (settings.max_seconds is not None and clock() - began > settings.max_seconds)
         if last or state.settled(settings.num, aim):
             pairs = certified(A, state, estimate, other)
             _check_finite(pairs.residuals, pairs.products)

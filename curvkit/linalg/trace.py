@@ -6,9 +6,9 @@ in a file of its own: `hutchinson`, `deflation`, `hutchpp`, `xtrace`; the rule i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from curvkit.linalg import deflation, hutchinson, hutchpp, student, xtrace
 from curvkit.linalg.certificate import AS_COMPUTED, OtherArithmetic
 from curvkit.linalg.hutchinson import Draws, Samples, probe, refuse_not_finite
 from curvkit.linalg.maps import LinearMap
+from curvkit.linalg.recorded import clock_of, derived
 from curvkit.linalg.trace_check import PROBES, Witness
 from curvkit.linalg.trace_settings import LEFT_OUT, RANK, Method, Settings
 from curvkit.results.trace_estimate import TraceEstimate, TraceParts
@@ -75,7 +76,8 @@ def search(
         InvalidArgument: If settings, lengths or start do not fit the matrix.
         CurvkitError: If a product has NaN or infinite entries.
     """
-    settings, began, before, rank = settings or Settings(), time.monotonic(), 0, 0
+    clock = clock_of(A)
+    settings, began, before, rank = settings or Settings(), clock(), 0, 0
     lengths = (A.n,) if lengths is None else tuple(lengths)
     _check_parts(A, lengths, start)
     refuse_unfit(settings, A.n)
@@ -86,7 +88,7 @@ def search(
     if apart:  # now, before products with basis vectors, whose errors may be large relative to them
         watched.look(other, beside=PROBES)
     for draws, method, reason in _told(watched, settings, lengths, seed, start):
-        late = settings.max_seconds is not None and time.monotonic() - began > settings.max_seconds
+        late = settings.max_seconds is not None and clock() - began > settings.max_seconds
         if watched.ready and not late:
             watched.look(other, beside=0)
         last = late or draws.exact or draws.products + draws.step > settings.max_products
@@ -234,17 +236,22 @@ def _exact(A: LinearMap, lengths: Sequence[int]) -> Iterator[Draws]:
     known = torch.zeros(len(lengths), dtype=torch.float64)
     for begin in range(0, A.n, CHUNK):
         size = min(CHUNK, A.n - begin)
-        E = torch.zeros(A.n, size, dtype=A.dtype, device=A.device)
-        E[begin : begin + size].fill_diagonal_(1.0)
-        Y = A.matmat(E)
-        refuse_not_finite(Y.double().sum(), f"with one of basis vectors {begin + 1} to {begin + size}")
-        entries = Y[begin : begin + size].diagonal().double().cpu()
+        entries = derived(A, "diagonal", [torch.tensor([begin, size])], partial(_diagonal, A, begin, size))
         known.index_add_(0, owner[begin : begin + size], entries)
         done, step = begin + size, min(CHUNK, A.n - begin - size)
         if step:
             yield Draws(float("nan"), float("nan"), 0, done, step)
     none = torch.zeros(0, len(lengths), dtype=torch.float64)
     yield Draws(known.sum().item(), 0.0, 0, A.n, 0, A.n, parts=TraceParts(tuple(lengths), known, none), exact=True)
+
+
+def _diagonal(A: LinearMap, begin: int, size: int) -> Tensor:
+    """Some consecutive diagonal entries, [size] float64."""
+    E = torch.zeros(A.n, size, dtype=A.dtype, device=A.device)
+    E[begin : begin + size].fill_diagonal_(1.0)
+    Y = A.matmat(E)
+    refuse_not_finite(Y.double().sum(), f"with one of basis vectors {begin + 1} to {begin + size}")
+    return Y[begin : begin + size].diagonal().double().cpu()
 
 
 def _estimate(draws: Draws, settings: Settings, method: str, reason: str, A: Witness) -> TraceEstimate:

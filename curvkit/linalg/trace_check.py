@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from curvkit.linalg import student
 from curvkit.linalg.basis import dot, norm
 from curvkit.linalg.certificate import ASYMMETRY, PERTURBATION, ROUNDING, OtherArithmetic, assumed_error
 from curvkit.linalg.maps import LinearMap
+from curvkit.linalg.recorded import derived
 from curvkit.results.trace_estimate import ProductCheck
 
 PROBES = 3
@@ -50,6 +52,11 @@ class Witness:
         for v, y in zip(V.unbind(1), Y.unbind(1), strict=True):
             self._keep(v, y)
         return Y
+
+    def derived(self, label: str, vectors: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+        """Make something small from products: while they are looked at, the products themselves; see `recorded.derived`."""
+        watching = self.check is None and len(self.products) < PROBES
+        return make() if watching else derived(self.A, label, vectors, make)
 
     @property
     def ready(self) -> bool:

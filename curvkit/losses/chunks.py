@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvkit.errors import InvalidArgument, UnsupportedModel
+from curvkit.losses.labels import misnumbered
 
 CHUNK_BYTES = 32 << 20
 """Of the logits of a chunk, by default."""
@@ -43,8 +44,8 @@ def chunked_token_cross_entropy(
         The sum, 0-dimensional, and how many terms it has: what a `BatchLoss` returns.
 
     Raises:
-        InvalidArgument: If the shapes do not fit, or `chunk` is not positive; an `UnsupportedModel` comes later, if a third derivative is
-            asked for.
+        InvalidArgument: If the shapes do not fit, a target is no class, or `chunk` is not positive; an `UnsupportedModel` comes later, if
+            a third derivative is asked for.
 
     Cost: d V per token for the loss, three times that for the gradient, and seven times for a product with the Hessian, where a plain
         loss takes one, two and six. Memory: about six times chunk * V numbers, and h, W and their gradients once or twice.
@@ -72,6 +73,13 @@ def chunked_token_cross_entropy(
         raise InvalidArgument(
             f"chunked_token_cross_entropy: chunk={chunk} must be at least 1, or None for the default."
         )
+    if targets.dtype != torch.int64:
+        raise InvalidArgument(
+            f"chunked_token_cross_entropy: targets of {targets.dtype} are no indices of classes. Pass int64, for example targets.long()."
+        )
+    said = misnumbered(targets, len(head_weight), ignore_index)
+    if said is not None:
+        raise InvalidArgument(f"chunked_token_cross_entropy: {said}")
     kept = targets.flatten() != ignore_index
     h, y = hidden.flatten(0, -2)[kept], targets.flatten()[kept]
     if bias is not None:  # one more coordinate of h, which is 1

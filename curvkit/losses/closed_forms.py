@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvkit.errors import UnsupportedModel
-from curvkit.losses.kinds import KnownLoss, Loss
-from curvkit.losses.known import Options
+from curvkit.losses.known import BY_CLASS, Options
+from curvkit.losses.known_loss import KnownLoss
 from curvkit.losses.output_hessian import DiagonalHessian, DifferentiatedHessian, OutputHessian, SoftmaxHessian
+from curvkit.losses.protocol import Loss
+from curvkit.losses.targets import refuse_misfit
 from curvkit.losses.tokens import token_cross_entropy
 
 LINEAR = (F.nll_loss, F.kl_div, F.l1_loss, F.hinge_embedding_loss)
@@ -35,6 +37,7 @@ def hessian_in_outputs(loss: Loss, outputs: Tensor, targets: Any) -> OutputHessi
 
     Raises:
         UnsupportedModel: If the loss is linear in the outputs, so that H_out is zero.
+        UnknownObjective: If the targets are no classes of the outputs, where the loss takes classes.
 
     Cost: as one evaluation of the loss; a product likewise.
 
@@ -44,6 +47,8 @@ def hessian_in_outputs(loss: Loss, outputs: Tensor, targets: Any) -> OutputHessi
         >>> H_out.multiply(torch.ones(1, 2)).tolist()
         [[2.0, 2.0]]
     """
+    if isinstance(loss, KnownLoss) and loss.function in BY_CLASS:
+        refuse_misfit(loss.name, loss.function, outputs, targets, loss.options)
     if isinstance(loss, KnownLoss) and loss.function in CLOSED_FORMS:
         return CLOSED_FORMS[loss.function](outputs.detach(), targets, loss.options)
     z = outputs.detach().requires_grad_()
@@ -70,7 +75,7 @@ def _cross_entropy(outputs: Tensor, targets: Tensor, options: Options) -> Output
         smoothed = (1 - smoothing) * targets + smoothing / num
         across = w.view(-1, *[1] * (outputs.ndim - 1 - dim))
         return SoftmaxHessian.at(outputs, (across * smoothed).sum(dim, keepdim=True), dim=dim)
-    kept = targets != options.get("ignore_index", -100)
+    kept = targets.long() != options.get("ignore_index", -100)
     own = w[torch.where(kept, targets, 0).long()]
     mass = torch.where(kept, (1 - smoothing) * own + smoothing * w.mean(), 0.0)
     return SoftmaxHessian.at(outputs, mass.unsqueeze(dim), dim=dim)
@@ -78,7 +83,7 @@ def _cross_entropy(outputs: Tensor, targets: Tensor, options: Options) -> Output
 
 def _token_cross_entropy(outputs: Tensor, targets: Tensor, options: Options) -> OutputHessian:
     """With m = 1, or 0 if ignored."""
-    kept = targets != options.get("ignore_index", -100)
+    kept = targets.long() != options.get("ignore_index", -100)
     return SoftmaxHessian.at(outputs, kept.to(outputs.dtype).unsqueeze(2), dim=2)
 
 

@@ -37,9 +37,10 @@ def of_classes(outputs: Tensor, targets: Tensor, options: Options) -> tuple[floa
     if targets.dtype.is_floating_point:
         count = outputs.numel() // classes
         return float(count), count
-    kept = targets[targets != options.get("ignore_index", -100)]
+    whole = targets.long()  # of an unsigned dtype no value would be -100
+    kept = whole[whole != options.get("ignore_index", -100)]
     weight = options.get("weight")
-    return (float(kept.numel()) if weight is None else weight.double()[kept.long()].sum().item()), kept.numel()
+    return (float(kept.numel()) if weight is None else weight.double()[kept].sum().item()), kept.numel()
 
 
 def of_tokens(outputs: Tensor, targets: Tensor, options: Options) -> tuple[float, int]:
@@ -53,7 +54,7 @@ def of_tokens(outputs: Tensor, targets: Tensor, options: Options) -> tuple[float
     Returns:
         Divisor and number of terms, equal.
     """
-    count = int((targets != options.get("ignore_index", -100)).sum())
+    count = int((targets.long() != options.get("ignore_index", -100)).sum())
     return float(count), count
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvkit.errors import InvalidArgument
+from curvkit.losses.labels import INDICES, misnumbered
 
 
 def token_cross_entropy(
@@ -29,7 +30,7 @@ def token_cross_entropy(
         0-dimensional.
 
     Raises:
-        InvalidArgument: If the shapes do not fit.
+        InvalidArgument: If the shapes do not fit, or a target is no class.
 
     Cost: N T V, as `torch.nn.functional.cross_entropy`, which takes the classes in dimension 1 instead.
 
@@ -43,4 +44,12 @@ def token_cross_entropy(
             f"token_cross_entropy: outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)} do not fit. "
             "Pass logits [N, T, V] and targets [N, T]."
         )
-    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction)
+    if targets.dtype not in INDICES:
+        raise InvalidArgument(
+            f"token_cross_entropy: targets of {targets.dtype} are no indices of classes. Pass int64, for example targets.long()."
+        )
+    try:
+        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction)
+    except IndexError as error:
+        said = misnumbered(targets, outputs.shape[2], ignore_index) or str(error)
+        raise InvalidArgument(f"token_cross_entropy: {said}") from error

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import UnknownObjective
 from curvkit.linalg import lanczos
 from curvkit.linalg.basis import dot
+from curvkit.linalg.recorded import derived, recorded
+from curvkit.measures.remembering import in_plan
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian
 from curvkit.operators.batchwise import BatchwiseOperator
 from curvkit.operators.independence import rows_are_independent
+from curvkit.results.journal import NOTHING_KEPT, Journal
 
 MAX_PARTS = 8
 """A single batch is cut into this many parts at most."""
@@ -82,12 +87,13 @@ def parts_of(objective: Objective, num: int) -> tuple[Objective, ...]:
     return objective.in_parts(num)
 
 
-def spread(operator: BatchwiseOperator, v: Tensor) -> Spread | None:
+def spread(operator: BatchwiseOperator, v: Tensor, journal: Journal = NOTHING_KEPT) -> Spread | None:
     """Compute v'H_b v over the batches, or over parts of a single batch.
 
     Args:
         operator: The Hessian of all the data.
         v: [n], of unit length.
+        journal: Of the measurement.
 
     Returns:
         The spread; None if the data cannot be divided.
@@ -98,8 +104,13 @@ def spread(operator: BatchwiseOperator, v: Tensor) -> Spread | None:
     if len(parts) == 1:
         return None
     if len(objective.batches) == 1:
-        operator = type(operator)(objective.with_batches([part.batches[0] for part in parts]), residency="streamed")
-    quotients, weights = operator.batch_quotients(v)
+        divided = objective.with_batches([part.batches[0] for part in parts])
+        operator = in_plan(type(operator), divided, journal, "spread", residency="streamed")
+
+    def made() -> Tensor:
+        return torch.tensor(operator.batch_quotients(v), dtype=torch.float64)  # [2, b]
+
+    quotients, weights = derived(recorded(operator, journal, "spread"), "quotients", [v], made).tolist()
     if objective.loss.reduction == "sum":
         sizes = [_size(operator.objective.with_batches([batch])) for batch in operator.objective.batches]
         quotients, weights = [q * sum(sizes) / size for q, size in zip(quotients, sizes, strict=True)], sizes
@@ -118,6 +129,7 @@ def halves(
     seed: int,
     limits: lanczos.Settings,
     make: Callable[..., BatchwiseOperator] = Hessian,
+    journal: Journal = NOTHING_KEPT,
 ) -> Iterator[Halves | None]:
     """Find the top eigenvector of each half and its quotient on the other.
 
@@ -129,6 +141,7 @@ def halves(
         seed: Of the start vectors.
         limits: Its `max_seconds` and `max_rows` hold for the search on one half.
         make: Makes the operator of one half.
+        journal: Of the measurement.
 
     Yields:
         None after each product, and last the bracket; nothing at all if the data cannot be divided.
@@ -142,25 +155,30 @@ def halves(
     settings = replace(HALF_SEARCH, max_seconds=limits.max_seconds, max_rows=limits.max_rows)
     for index, part in enumerate(parts):
         try:
-            operator = make(part, residency="auto")
+            operator = in_plan(make, part, journal, f"half {index}", residency="auto")
         except UnknownObjective:  # a half without a loss term: all its targets are ignored
             return
         top = None
-        for pairs in lanczos.search(
-            operator, settings, start=operator.gradient, seed=(seed + 1 + index) % seeds.SEED_LIMIT
-        ):
+        A, own_seed = recorded(operator, journal, f"half {index}"), (seed + 1 + index) % seeds.SEED_LIMIT
+        for pairs in lanczos.search(A, settings, start=operator.gradient, seed=own_seed):
             top = pairs.vectors
             yield None
         if top is None:
             return
         tops.append(top[:, 0])
     held_out = []
-    for u, other in ((tops[0], parts[1]), (tops[1], parts[0])):
-        operator = make(other, residency="streamed")
+    for index, (u, other) in enumerate(((tops[0], parts[1]), (tops[1], parts[0]))):
+        operator = in_plan(make, other, journal, f"held out {index}", residency="streamed")
         scale = _size(objective) / _size(other) if objective.loss.reduction == "sum" else 1.0
-        held_out.append(scale * dot(u, operator.matvec(u.to(operator.dtype))))
+        A, quotient = recorded(operator, journal, f"held out {index}"), partial(_quotient, operator, u)
+        held_out.append(scale * derived(A, "quotient", [u], quotient).item())
         yield None
     yield Halves((held_out[0], held_out[1]), in_sample)
+
+
+def _quotient(operator: BatchwiseOperator, u: Tensor) -> Tensor:
+    """The quotient u'Au of a unit vector, a float64 scalar."""
+    return torch.tensor(dot(u, operator.matvec(u.to(operator.dtype))), dtype=torch.float64)
 
 
 def _size(objective: Objective) -> float:

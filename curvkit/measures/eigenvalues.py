@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -11,20 +10,22 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from curvkit import seeds
 from curvkit.errors import CurvkitError, InvalidArgument
 from curvkit.linalg import lanczos
 from curvkit.linalg.basis import norm
 from curvkit.linalg.krylov import Which
+from curvkit.linalg.recorded import recorded
 from curvkit.measures.data_doubt import halves, spread
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.engine import OPERATORS, Engine
 from curvkit.measures.products import Rounding, other_arithmetic, refuse_asymmetry
+from curvkit.measures.remembering import decided, in_plan, recorded_arithmetic, settled_seed
 from curvkit.measures.sharpness_result import Sharpness
 from curvkit.measures.vectors import rows_that_fit
 from curvkit.objectives import Objective
 from curvkit.operators import DifferenceHessian, Hessian, MixedHessian
 from curvkit.results import Eigenpairs
+from curvkit.results.journal import NOTHING_KEPT, Journal
 
 Arithmetic = Literal["exact", "bfloat16"]
 
@@ -64,7 +65,11 @@ class SharpnessSettings(Engine):
 
 
 def sharpness_steps(
-    objective: Objective, settings: SharpnessSettings | None = None, *, seed: int | None = None
+    objective: Objective,
+    settings: SharpnessSettings | None = None,
+    *,
+    seed: int | None = None,
+    journal: Journal = NOTHING_KEPT,
 ) -> Iterator[Sharpness]:
     """Measure sharpness step by step: one partial result after each product, so that a caller can show progress and stop.
 
@@ -72,6 +77,7 @@ def sharpness_steps(
         objective: The function.
         settings: What is wanted; None takes the defaults.
         seed: Of the random part of the start vectors; None draws one and records it.
+        journal: Where products are kept, and recalled from if the run is gone on with; `curvkit.results.StateFolder` is one.
 
     Yields:
         Partial results, each at least as good as the one before, and last the complete one.
@@ -82,15 +88,16 @@ def sharpness_steps(
         UnknownObjective: If loss and data do not fit.
         CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
     """
-    settings, began, seed = settings or SharpnessSettings(), time.perf_counter(), seeds.settle(seed)
+    settings, began, seed = settings or SharpnessSettings(), journal.clock(), settled_seed(journal, seed)
     found = settings.checked(objective)
-    operator, searched = _operators(objective, settings)
-    rows = rows_that_fit(operator.objective, settings.memory_bytes, settings.search.max_rows)
-    search = replace(settings.search, max_rows=rows)
+    operator, searched = _operators(objective, settings, journal)
+    fits = partial(rows_that_fit, operator.objective, settings.memory_bytes, settings.search.max_rows)
+    search = replace(settings.search, max_rows=decided(journal, "basis rows", fits))
     start = operator.gradient if search.which != "smallest" else None
     other, doubted = _other_arithmetic(operator, searched, settings)
+    A, other = recorded(searched, journal, "search"), recorded_arithmetic(other, journal)
     result: Sharpness | None = None
-    for pairs in lanczos.search(searched, search, start=start, seed=seed, other=other):
+    for pairs in lanczos.search(A, search, start=start, seed=seed, other=other):
         _refuse_asymmetry(pairs, settings.rule)
         result = Sharpness(
             eigenpairs=replace(pairs, space=operator.space),
@@ -102,7 +109,7 @@ def sharpness_steps(
             stage="searching",
             plan=replace(searched.plan, basis_rows=search.max_rows),
             seed=seed,
-            seconds=time.perf_counter() - began,
+            seconds=journal.clock() - began,
             products=pairs.products,
             unused=operator.unused,
             preflight=found,
@@ -110,28 +117,28 @@ def sharpness_steps(
             notes=(*objective.notes, *doubted, *doubts(found), *searched.notes),
         )
         yield result
-    del other, searched
+    del A, other, searched
     if result is None or result.eigenpairs.vectors is None:
         return
     if settings.data_doubt:
         objective, certified = operator.objective, result
         try:
-            measured = spread(operator, result.eigenpairs.vectors[:, result.leading])
+            measured = spread(operator, result.eigenpairs.vectors[:, result.leading], journal)
             result = replace(result, spread=measured, stage="spread", products=result.products + (measured is not None))
             if len(operator.notes) > 0 and operator.notes[-1] not in result.notes:  # memory ran out just now
                 plan = replace(operator.plan, basis_rows=search.max_rows)
                 result = replace(result, plan=plan, notes=(*result.notes, operator.notes[-1]))
-            yield replace(result, seconds=time.perf_counter() - began)
+            yield replace(result, seconds=journal.clock() - began)
             del operator  # and with it the graphs of all the data, before those of a half are made
-            for bracketed in _with_halves(result, objective, replace(settings, search=search)):
-                result = replace(bracketed, seconds=time.perf_counter() - began)
+            for bracketed in _with_halves(result, objective, replace(settings, search=search), journal):
+                result = replace(bracketed, seconds=journal.clock() - began)
                 yield result
         except Exception as error:  # the user's model on a part of the data; the eigenvalues stand
             if _is_our_fault(error):
                 raise
             reason = f"the doubt from data could not be measured: {type(error).__name__}: {error}"
             result = replace(result, halves=None, notes=(*certified.notes, reason))
-    yield replace(result, stage="complete", seconds=time.perf_counter() - began)
+    yield replace(result, stage="complete", seconds=journal.clock() - began)
 
 
 def sharpness(
@@ -190,7 +197,9 @@ def sharpness(
     return last
 
 
-def _with_halves(result: Sharpness, objective: Objective, settings: SharpnessSettings) -> Iterator[Sharpness]:
+def _with_halves(
+    result: Sharpness, objective: Objective, settings: SharpnessSettings, journal: Journal
+) -> Iterator[Sharpness]:
     largest, which, before = result.eigenpairs.values[0].item(), result.eigenpairs.which, result.products
     if which == "smallest" or (which == "magnitude" and largest <= 0.0):
         return  # lambda_max is not among the values, and the bracket is one of lambda_max
@@ -200,6 +209,7 @@ def _with_halves(result: Sharpness, objective: Objective, settings: SharpnessSet
         seed=result.seed,
         limits=settings.search,
         make=partial(OPERATORS[settings.rule], budget_bytes=settings.graph_bytes),
+        journal=journal,
     )
     for count, bracket in enumerate(brackets, start=1):
         yield replace(result, halves=bracket, stage="halves", products=before + (count + 1) // 2)
@@ -211,14 +221,15 @@ def _refuse_asymmetry(pairs: Eigenpairs, rule: str) -> None:
 
 
 def _operators(
-    objective: Objective, settings: SharpnessSettings
+    objective: Objective, settings: SharpnessSettings, journal: Journal
 ) -> tuple[Hessian | DifferenceHessian, Hessian | DifferenceHessian | MixedHessian]:
     """The matrix that is measured, and the one that the search multiplies with: the same, unless that is in mixed precision."""
     if settings.arithmetic == "exact":
-        operator = settings.operator(objective)
+        operator = settings.operator(objective, journal)
         return operator, operator
-    mixed = MixedHessian(objective, residency=settings.residency, budget_bytes=settings.graph_bytes)
-    return replace(settings, residency="streamed").operator(objective), mixed
+    options = {"residency": settings.residency, "budget_bytes": settings.graph_bytes}
+    mixed = in_plan(MixedHessian, objective, journal, "search", **options)
+    return replace(settings, residency="streamed").operator(objective, journal), mixed
 
 
 def _other_arithmetic(

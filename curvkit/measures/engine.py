@@ -8,11 +8,13 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from curvkit.errors import InvalidArgument
+from curvkit.measures.remembering import in_plan
 from curvkit.measures.vectors import refuse_small_memory
 from curvkit.objectives import Objective
 from curvkit.operators import DifferenceHessian, Hessian
 from curvkit.operators.plan import Plan, Residency, choose
 from curvkit.operators.preflight import Preflight, preflight, refuse_wrong
+from curvkit.results.journal import NOTHING_KEPT, Journal
 
 Rule = Literal["reverse", "difference"]
 OPERATORS: dict[str, type[Hessian | DifferenceHessian]] = {"reverse": Hessian, "difference": DifferenceHessian}
@@ -69,11 +71,12 @@ class Engine:
         refuse_wrong(found)
         return found
 
-    def operator(self, objective: Objective) -> Hessian | DifferenceHessian:
-        """The Hessian, by the rule and in the memory that were asked for.
+    def operator(self, objective: Objective, journal: Journal = NOTHING_KEPT) -> Hessian | DifferenceHessian:
+        """The Hessian, by the rule and in the memory that were asked for, or by the plan of the run that is gone on with.
 
         Args:
             objective: The function.
+            journal: Of the measurement.
 
         Returns:
             The operator.
@@ -83,7 +86,8 @@ class Engine:
             UnknownObjective: If the loss depends on no parameter.
             CurvkitError: If the loss is not finite.
         """
-        return OPERATORS[self.rule](objective, residency=self.residency, budget_bytes=self.graph_bytes)
+        make = OPERATORS[self.rule]
+        return in_plan(make, objective, journal, "hessian", residency=self.residency, budget_bytes=self.graph_bytes)
 
     def planned(self, objective: Objective) -> tuple[Objective, Plan]:
         """What `operator` would do, without building a graph of all the data.

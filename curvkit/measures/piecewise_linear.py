@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from curvkit.objectives import Objective
 from curvkit.operators import GGN, Hessian
 from curvkit.operators.affine import is_affine_in_each_entry
 from curvkit.operators.independence import rows_are_independent
+from curvkit.results.journal import NOTHING_KEPT, Journal, Kept
 
 REASON = "a piecewise linear network: the trace is that of the GGN, a sum of squares over examples and outputs"
 PROBES, AT = 100, 0.05
@@ -115,13 +117,14 @@ def predicted_products(objective: Objective) -> float:
     return len(columns) * (ARITHMETIC + TRAFFIC * objective.parameters.n / operations) if operations else math.inf
 
 
-def ggn_diagonal_sums(objective: Objective) -> Iterator[tuple[float, Tensor]]:
+def ggn_diagonal_sums(objective: Objective, journal: Journal = NOTHING_KEPT) -> Iterator[tuple[float, Tensor]]:
     """Add up the diagonal of the GGN by parameter tensors.
 
         sum_(j in P) G_jj = (1 / W) sum_n sum_c || (J_n' s_nc)_P ||^2,    H_out,n = sum_c s_nc s_nc'
 
     Args:
         objective: Whose model treats examples one by one.
+        journal: Of the measurement; the sums over each piece of the data are kept.
 
     Yields:
         The share of the data that is done, in (0, 1], and the p sums over what is done, float64.
@@ -159,9 +162,15 @@ def ggn_diagonal_sums(objective: Objective) -> Iterator[tuple[float, Tensor]]:
         while begin < len(S):
             piece = slice(begin, begin + (chunk if done else min(chunk, FIRST)))
             begin = piece.stop
-            with objective.measuring():
-                found = vmap(squares)(tuple(x[piece] for x in inputs), S[piece])
-            total = total + found.sum(0).cpu()
+            key = f"structure/{index}/{piece.start}/{chunk}"
+            found = journal.recalled(key)
+            if found is None:
+                start = time.perf_counter()
+                with objective.measuring():
+                    sums = vmap(squares)(tuple(x[piece] for x in inputs), S[piece]).sum(0).cpu()
+                found = Kept(sums, time.perf_counter() - start)
+                journal.keep(key, found)
+            total = total + found.tensor.clone()
             done += len(S[piece])
             yield done / count, total
     yield 1.0, total / objective.denominator(weights)

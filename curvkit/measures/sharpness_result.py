@@ -86,6 +86,8 @@ class Sharpness:
                 "residuals_recomputed": pairs.recomputed,
                 "residuals_dtype": pairs.residual_dtype,
                 "search_dtype": self.arithmetic,
+                "rounding": pairs.rounding,
+                "scale": pairs.scale,
                 "product_error": pairs.product_error,
                 "rounding_measured": pairs.rounding_measured,
                 "tolerance": pairs.tolerance,

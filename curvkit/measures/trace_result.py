@@ -79,6 +79,11 @@ class Trace:
         return self.estimate.value
 
     @property
+    def by_structure(self) -> bool:
+        """Whether it came from the structure of a piecewise linear network, at the cost of gradients instead of products."""
+        return self.estimate.method == "exact" and self.estimate.products == 0
+
+    @property
     def mean(self) -> float:
         """Trace per parameter: the mean of the eigenvalues, and of the diagonal."""
         return self.estimate.value / self.definition.parameters
@@ -87,7 +92,7 @@ class Trace:
         """The result as plain values: what `--json` prints under "result".
 
         Returns:
-            Mappings, lists, numbers and strings.
+            Mappings, lists, finite numbers and strings; None for what is unknown, without bound or not applicable.
         """
         found = self.estimate
         return plain(
@@ -116,7 +121,9 @@ class Trace:
                 "parameters": [self._row(share) for share in self.parameters],
                 "loss": self.loss,
                 "gradient_norm": self.gradient_norm,
-                "products": self.products,
+                "products": None if self.by_structure else self.products,
+                "search_products": None if self.by_structure else found.products,
+                "by_structure": self.by_structure,
                 "seconds": self.seconds,
                 "preflight": None if self.preflight is None else self.preflight.to_dict(),
                 "cross_check": None if self.cross_check is None else self.cross_check.to_dict(),

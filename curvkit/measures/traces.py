@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 
-from curvkit import seeds
 from curvkit.errors import CurvkitError
 from curvkit.linalg import trace as linalg_trace
 from curvkit.linalg.basis import norm
+from curvkit.linalg.recorded import recorded
 from curvkit.linalg.trace import Method
 from curvkit.losses import KnownLoss, token_cross_entropy
 from curvkit.losses.batches import inputs_and_targets
@@ -21,11 +21,13 @@ from curvkit.measures import piecewise_linear
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.engine import Engine
 from curvkit.measures.products import other_arithmetic, refuse_asymmetry
+from curvkit.measures.remembering import decided, recorded_arithmetic, settled_seed
 from curvkit.measures.trace_result import Trace, shares
 from curvkit.measures.vectors import rows_that_fit
 from curvkit.objectives import Objective
 from curvkit.operators import DifferenceHessian, Hessian, Plan
 from curvkit.results import TraceEstimate, TraceParts
+from curvkit.results.journal import NOTHING_KEPT, Journal
 
 Operator = Hessian | DifferenceHessian
 TOGETHER = 4
@@ -45,7 +47,11 @@ class TraceSettings(Engine):
 
 
 def trace_steps(
-    objective: Objective, settings: TraceSettings | None = None, *, seed: int | None = None
+    objective: Objective,
+    settings: TraceSettings | None = None,
+    *,
+    seed: int | None = None,
+    journal: Journal = NOTHING_KEPT,
 ) -> Iterator[Trace]:
     """Measure a trace step by step: one partial result after each step of the method, so that a caller can show progress and stop.
 
@@ -53,6 +59,7 @@ def trace_steps(
         objective: The function.
         settings: What is wanted; None takes the defaults.
         seed: Of every draw; None draws one and records it.
+        journal: Where products are kept, and recalled from if the run is gone on with; `curvkit.results.StateFolder` is one.
 
     Yields:
         Partial results, and last the complete one. The first ones may have no value yet.
@@ -64,13 +71,13 @@ def trace_steps(
         UnknownObjective: If loss and data do not fit.
         CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
     """
-    settings, began, seed = settings or TraceSettings(), time.perf_counter(), seeds.settle(seed)
+    settings, began, seed = settings or TraceSettings(), journal.clock(), settled_seed(journal, seed)
     checked = settings.checked(objective)
-    operator = settings.operator(objective)
-    search = fitted(settings, operator.objective, operator.plan)
+    operator = settings.operator(objective, journal)
+    search = replace(settings.search, **decided(journal, "search", partial(_sizes, settings, operator)))
     result: Trace | None = None
     said: list[str] = []
-    for found in _estimates(operator, settings, search, seed, said):
+    for found in _estimates(operator, replace(settings, search=search), seed, said, journal):
         if found.check is not None:
             refuse_asymmetry("trace", found.check.asymmetry, found.check.asymmetry_limit, rule=settings.rule)
         by_layer, by_parameter = shares(operator.objective.model, operator.space, found.parts)
@@ -85,7 +92,7 @@ def trace_steps(
             stage="sampling",
             plan=replace(operator.plan, basis_rows=search.max_rows),
             seed=seed,
-            seconds=time.perf_counter() - began,
+            seconds=journal.clock() - began,
             products=found.products + (0 if found.check is None else found.check.products),
             unused=operator.unused,
             preflight=checked,
@@ -93,7 +100,7 @@ def trace_steps(
         )
         yield result
     if result is not None:
-        yield replace(result, stage="complete", seconds=time.perf_counter() - began)
+        yield replace(result, stage="complete", seconds=journal.clock() - began)
 
 
 def trace(
@@ -190,28 +197,30 @@ def most_by_structure(settings: TraceSettings, n: int) -> float:
 
 
 def _estimates(
-    operator: Operator, settings: TraceSettings, search: linalg_trace.Settings, seed: int, said: list[str]
+    operator: Operator, settings: TraceSettings, seed: int, said: list[str], journal: Journal
 ) -> Iterator[TraceEstimate]:
     """By the structure of the network where that is exact and cheap or asked for, else by products; `said` takes notes."""
-    began, start = time.monotonic(), operator.gradient
-    lengths = tuple(entry.numel for entry in operator.space.entries)
+    search, clock, start = settings.search, journal.clock, operator.gradient
+    began = clock()
     most = most_by_structure(settings, operator.n)
     if most > 0.0:
         if piecewise_linear.applies(operator.objective, seed, most=most):
-            done = yield from _by_structure(operator, search, lengths, began, said)
+            done = yield from _by_structure(operator, search, began, said, journal)
             if done:
                 return
         if search.max_seconds is not None:
-            search = replace(search, max_seconds=max(search.max_seconds - (time.monotonic() - began), 1e-9))
+            search = replace(search, max_seconds=max(search.max_seconds - (clock() - began), 1e-9))
     other, doubted = other_arithmetic(operator)
     said += doubted
-    yield from linalg_trace.search(operator, search, lengths=lengths, seed=seed, start=start, other=other)
+    A, other = recorded(operator, journal, "hessian"), recorded_arithmetic(other, journal)
+    yield from linalg_trace.search(A, search, lengths=lengths_of(operator), seed=seed, start=start, other=other)
 
 
 def _by_structure(
-    operator: Operator, search: linalg_trace.Settings, lengths: tuple[int, ...], began: float, said: list[str]
+    operator: Operator, search: linalg_trace.Settings, began: float, said: list[str], journal: Journal
 ) -> Generator[TraceEstimate, None, bool]:
     """The trace of the GGN; False, and no value, once its time is seen not to suffice, or it fails."""
+    lengths, clock = lengths_of(operator), journal.clock
     unknown, none = float("nan"), torch.zeros(0, len(lengths), dtype=torch.float64)
     cost = f"at the predicted cost of {piecewise_linear.predicted_products(operator.objective):.3g} products"
     compared = f"where sampling to the tolerance typically takes {piecewise_linear.probes_expected(search.tolerance):,}"
@@ -230,10 +239,10 @@ def _by_structure(
         tolerance=search.tolerance,
         absolute_tolerance=search.absolute_tolerance,
     )
-    sums, first = torch.full((len(lengths),), unknown, dtype=torch.float64), time.monotonic()
+    sums, first = torch.full((len(lengths),), unknown, dtype=torch.float64), clock()
     try:
-        for share, so_far in piecewise_linear.ggn_diagonal_sums(operator.objective):
-            sums, now = so_far, time.monotonic()
+        for share, so_far in piecewise_linear.ggn_diagonal_sums(operator.objective, journal):
+            sums, now = so_far, clock()
             left = (now - first) * (1 / share - 1)
             if search.max_seconds is not None and now - began + left > search.max_seconds:
                 return False
@@ -254,6 +263,24 @@ def _by_structure(
     known = {"value": value, "stderr": 0.0, "low": value, "high": value, "converged": True, "exact": True}
     yield replace(partial, **known, rank=operator.n, parts=TraceParts(lengths, sums, none))
     return True
+
+
+def lengths_of(operator: Operator) -> tuple[int, ...]:
+    """Count the coordinates of each parameter tensor.
+
+    Args:
+        operator: Whose space is divided.
+
+    Returns:
+        n in all.
+    """
+    return tuple(entry.numel for entry in operator.space.entries)
+
+
+def _sizes(settings: TraceSettings, operator: Operator) -> dict[str, int | None]:
+    """What `fitted` chooses."""
+    search = fitted(settings, operator.objective, operator.plan)
+    return {"max_rows": search.max_rows, "block_size": search.block_size}
 
 
 def fitted(settings: TraceSettings, objective: Objective, plan: Plan) -> linalg_trace.Settings:

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from curvkit.objectives.autocast import WithoutAutocast
+from curvkit.objectives.autocast import WithoutAutocast, switches_kept
 from curvkit.objectives.rewriting import TwiceDifferentiable
 
 PRECISION_SWITCHES = {
@@ -60,6 +60,7 @@ class ExactArithmetic(contextlib.AbstractContextManager["ExactArithmetic"]):
                 stack.enter_context(torch.enable_grad())
             stack.enter_context(_switched(ATTENTION_SWITCHES))
             stack.enter_context(_ieee_precision("cuda" if on_cuda else "mkldnn"))
+            stack.enter_context(switches_kept(self._devices))
             for kind in self._devices:
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))

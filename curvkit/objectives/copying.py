@@ -51,11 +51,11 @@ def deep_copy(model: nn.Module, *, device: torch.device | None = None, dtype: to
     with torch.inference_mode(False), torch.enable_grad():
         for name, key, value in held:
             base = owners.get(id(value._base))
-            if base is None:
+            if base is None or parameters[base].stride() != value._base.stride():  # a parameter with gaps is copied without
                 setattr(copies[name], key, value.to(device=device, dtype=dtype))
-            else:
-                view = parameters[base].as_strided(value.size(), value.stride(), value.storage_offset())
-                setattr(copies[name], key, view)
+            else:  # the storage of a copy begins with it; that of the original may hold others before it
+                offset = value.storage_offset() - value._base.storage_offset() + parameters[base].storage_offset()
+                setattr(copies[name], key, parameters[base].as_strided(value.size(), value.stride(), offset))
     return made
 
 

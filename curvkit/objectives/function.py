@@ -16,8 +16,8 @@ from curvkit.errors import UnknownObjective, UnsupportedModel
 from curvkit.losses import Batch, LossTerms
 from curvkit.losses.batches import tensors
 from curvkit.objectives.arithmetic import ExactArithmetic
-from curvkit.objectives.modes import refuse_gradient_hooks, refuse_random_modules
-from curvkit.objectives.problem import Problem
+from curvkit.objectives.modes import refuse_gradient_hooks, refuse_random_modules, refuse_scripted_autocast
+from curvkit.objectives.problem import SCRIPTS, Problem
 from curvkit.objectives.surroundings import random_state, undisturbed
 
 NEEDS_GRAPH = re.compile(r"requires?[ _]grad")
@@ -63,15 +63,19 @@ class Objective(Problem):
         The first time, parameters are copied, too, so that a forward pass that writes to them does no harm; it is refused then.
 
         Raises:
-            UnsupportedModel: If the model is random, couples the examples of a batch, or has hooks that change gradients.
+            UnsupportedModel: If the model is random, couples the examples of a batch, has hooks that change gradients, or autocast inside
+                TorchScript.
         """
         self.device  # noqa: B018  one device, or refused
         with contextlib.ExitStack() as stack:
             stack.enter_context(random_state())
             for module in self.modules:
+                if SCRIPTS not in vars(self):
+                    refuse_scripted_autocast(module)
                 refuse_random_modules(module, len(self.batches))
                 refuse_gradient_hooks(module)
                 stack.enter_context(undisturbed(module, copies="_measured" not in vars(self)))
+            vars(self)[SCRIPTS] = True
             arithmetic = stack.enter_context(ExactArithmetic(self.model))
             yield
         vars(self)["_measured"] = True
@@ -234,7 +238,7 @@ class Objective(Problem):
         """Say why a copy in another precision does not run, where the original would."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, UnknownObjective) as error:
             if "_origin" not in vars(self) or "dtype" not in str(error):
                 raise
             reason = str(error).strip().partition("\n")[0]

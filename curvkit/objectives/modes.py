@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  the common base of all BatchNorm layers
 from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]  likewise
@@ -84,6 +87,43 @@ def refuse_gradient_hooks(model: nn.Module) -> None:
                 f"Objective: the parameter {name!r} has a gradient hook (Tensor.register_hook), which would change the derivatives. "
                 "Remove it with the handle's remove(); to freeze a parameter use requires_grad_(False)."
             )
+
+
+def refuse_scripted_autocast(model: nn.Module) -> None:
+    """Refuse regions of autocast inside TorchScript, which cannot be switched off from outside, as they are in other modules.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        UnsupportedModel: Naming the first module that has one.
+
+    Cost: the graph of TorchScript is looked through, if there is any.
+    """
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule) or name.startswith(inside or (" ",)):
+            continue
+        inside += (f"{name}.",) if name else ("",)
+        if _opens_autocast(module):
+            raise UnsupportedModel(
+                f"Objective: {name or 'the model'} is TorchScript with torch.autocast inside, which computes in lower precision than its "
+                "parameters have and cannot be switched off from outside. Measure the model before it was scripted, or script it without "
+                "the region."
+            )
+
+
+def _opens_autocast(module: Any) -> bool:
+    """Whether the graph of a scripted module, with all that it calls, makes a region of autocast that is not switched off."""
+    try:
+        graph = module.inlined_graph
+    except (AttributeError, RuntimeError):  # it has no forward pass
+        return False
+    for node in graph.findAllNodes("prim::SetAttr"):
+        region, value = node.inputs()
+        if node.s("name") == "_enabled" and "autocast" in str(region.type()) and value.toIValue() is not False:
+            return True
+    return False
 
 
 def _iterates(module: nn.Module) -> bool:

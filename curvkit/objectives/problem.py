@@ -19,6 +19,9 @@ from curvkit.objectives.modes import mode
 from curvkit.objectives.surroundings import random_state
 from curvkit.parameters import ParameterSpace
 
+SCRIPTS = "_scripts_seen"
+"""Where an objective keeps that the TorchScript in its model was looked through."""
+
 
 class Origin:
     """The model that a copy was made of, so that a loss which holds on to it is found."""
@@ -267,8 +270,9 @@ class Problem:
 
     def _with(self, **changes: Any) -> Self:
         made = replace(self, **{"num_batches": None, **changes})
-        if "_origin" in vars(self):
-            vars(made)["_origin"] = vars(self)["_origin"]
+        for name in ("_origin", SCRIPTS):  # what is known of the model
+            if name in vars(self):
+                vars(made)[name] = vars(self)[name]
         return made
 
     @property

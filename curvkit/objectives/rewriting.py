@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
+SPARSE = {"embedding": 4, "embedding_bag": 5}
+"""Functions of torch with an option `sparse`, and its place; modules and torch.nn.functional call them by these names."""
+
 
 class TwiceDifferentiable(contextlib.AbstractContextManager["TwiceDifferentiable"]):
     """While active: weight_norm written out, dense gradients of embeddings, compiled modules run eagerly.
@@ -34,7 +37,6 @@ class TwiceDifferentiable(contextlib.AbstractContextManager["TwiceDifferentiable
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._patches: list[tuple[Any, str, Callable[..., Tensor]]] = []
-        self._sparse: list[nn.Embedding | nn.EmbeddingBag] = []
         self._compiled = False
         self._undo = contextlib.ExitStack()
         module: Any
@@ -42,8 +44,6 @@ class TwiceDifferentiable(contextlib.AbstractContextManager["TwiceDifferentiable
             kind = type(module)
             if kind.__name__ == "_WeightNorm" and kind.__module__ == "torch.nn.utils.parametrizations":
                 self._patches.append((module, "forward", partial(_normalised, module.dim)))
-            elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-                self._sparse.append(module)
             for hook in vars(module)["_forward_pre_hooks"].values():
                 if isinstance(hook, WeightNorm):
                     self._patches.append((hook, "compute_weight", partial(_old_style, hook)))
@@ -57,9 +57,10 @@ class TwiceDifferentiable(contextlib.AbstractContextManager["TwiceDifferentiable
             if name not in vars(owner):
                 setattr(owner, name, function)
                 self._undo.callback(delattr, owner, name)
-        for embedding in self._sparse:
-            embedding.sparse = False
-            self._undo.callback(setattr, embedding, "sparse", True)
+        for name, place in SPARSE.items():
+            present = getattr(torch, name)
+            setattr(torch, name, partial(_dense, present, place))
+            self._undo.callback(setattr, torch, name, present)
         if self._compiled:
             self._undo.enter_context(torch.compiler.set_stance("force_eager"))
         return self
@@ -67,6 +68,15 @@ class TwiceDifferentiable(contextlib.AbstractContextManager["TwiceDifferentiable
     def __exit__(self, *exception: object) -> None:
         """Take them away."""
         self._undo.close()
+
+
+def _dense(function: Callable[..., Any], place: int, *arguments: Any, **named: Any) -> Any:
+    """A look-up without its option `sparse`, which stands at that place or is named."""
+    if named.get("sparse"):
+        named = {**named, "sparse": False}
+    elif len(arguments) > place and arguments[place]:
+        arguments = (*arguments[:place], False, *arguments[place + 1 :])
+    return function(*arguments, **named)
 
 
 def _normalised(dim: int, g: Tensor, v: Tensor) -> Tensor:

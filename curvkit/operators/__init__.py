@@ -9,6 +9,7 @@ from curvkit.operators.mixed import MixedHessian
 from curvkit.operators.plan import Plan
 from curvkit.operators.preconditioned import Preconditioned
 from curvkit.operators.protocol import CurvatureOperator
+from curvkit.operators.scaled import Scaled
 
 __all__ = [
     "GGN",
@@ -22,4 +23,5 @@ __all__ = [
     "PerturbedHessian",
     "Plan",
     "Preconditioned",
+    "Scaled",
 ]

@@ -6,26 +6,36 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from curvkit.errors import CurvkitError
 from curvkit.objectives import Objective
+from curvkit.objectives.moving import outputs_at
 
 VIEWS = frozenset(
-    {"t", "transpose", "permute", "view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "alias", "detach"}
+    {
+        *("t", "transpose", "permute", "view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "alias", "detach"),
+        *("slice", "select"),
+    }
 )
-"""Rearrange one tensor: a parameter stays a parameter."""
+"""Rearrange one tensor, or take a part of it: a parameter stays a parameter."""
 PRODUCTS = {"mm": 0, "bmm": 0, "mul": 0, "linear": 0, "convolution": 0, "addmm": 1, "baddbmm": 1}
 """Multiply two operands, the first of which is this argument; the other arguments are added."""
 SUMS = frozenset({"add", "sub"})
+IN_PLACE_SUMS = frozenset({"add_", "sub_"})
+"""The same, written to an activation."""
+NORMS = frozenset(
+    {"native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "miopen_batch_norm"}
+)
+"""By fixed statistics a product with one parameter and a sum with another."""
 PIECEWISE = frozenset(
     {
         *("relu", "relu_", "leaky_relu", "threshold", "hardtanh", "abs", "neg", "clamp", "clamp_min"),
         *("max_pool2d_with_indices", "avg_pool1d", "avg_pool2d", "_adaptive_avg_pool2d", "mean", "sum", "cat", "clone"),
+        *("constant_pad_nd",),
     }
 )
 """Piecewise linear in what they are given."""
@@ -65,6 +75,10 @@ class _Tracer(TorchDispatchMode):
                 pair = [self._owner[_storage(x)] for x in args[first : first + 2] if self._known(x, name)]
                 if len(pair) == 2 and (pair[0] is None) == (pair[1] is None):
                     raise _NotAffine(f"{name} of two activations, or of two parameters")
+            elif name in NORMS:
+                self._refuse_batch_statistics(name, args, kwargs)
+            elif name in IN_PLACE_SUMS:
+                self._refuse_written_parameter(name, args[0])
             elif name not in SUMS and (name not in PIECEWISE or direct):
                 raise _NotAffine(name)
         for tensor in (leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)):
@@ -82,24 +96,23 @@ class _Tracer(TorchDispatchMode):
             raise _NotAffine(f"{name}: a tensor depends on parameters in a way that was not seen")
         return False
 
+    def _refuse_batch_statistics(self, name: str, args: Any, kwargs: Any) -> None:
+        """By statistics of the batch, or such that depend on a parameter, it is no product; nor is that of two activations one."""
+        training = name != "_native_batch_norm_legit_no_training" and (len(args) < 6 or bool(args[5]))
+        depends = any(self._known(tensor, name) for tensor in args[3:5])
+        x, weight = (self._owner[_storage(tensor)] if self._known(tensor, name) else "" for tensor in args[:2])
+        if training or kwargs or depends or x not in (None, "") or weight is None:
+            raise _NotAffine(f"{name}: by statistics of the batch, or not of an activation and a parameter")
+
+    def _refuse_written_parameter(self, name: str, target: Any) -> None:
+        if not self._known(target, name) or self._owner[_storage(target)] is not None:
+            raise _NotAffine(f"{name}: something that is no activation is written to")
+
     def _refuse_second_use(self, direct: list[str], name: str) -> None:
         for owner in direct:
             if owner in self._used:
                 raise _NotAffine(f"{name}: {owner} is used twice")
             self._used.add(owner)
-
-
-class _Outputs(nn.Module):
-    """The outputs of an objective as a module, so that its parameters can be replaced for a call."""
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        self.model = objective.model
-        self._objective = objective
-
-    def forward(self, index: int) -> Any:
-        """Outputs of one batch."""
-        return self._objective.outputs(index)[0]
 
 
 def _storage(tensor: Tensor) -> int:
@@ -132,7 +145,7 @@ def is_affine_in_each_entry(objective: Objective) -> bool:
         objective: Its model is run once; parameters that are left out of the space or frozen count, too.
 
     Returns:
-        True only if it was shown. False also for BatchNorm, attention and in-place sums, though it may hold there.
+        True only if it was shown. False also for attention and for other operations that are on no list, though it may hold there.
 
     Cost: one forward pass over the data, with the graph of a batch; a copy of the parameters.
     Source: that the diagonal of H is then that of the GGN is in Martens (2020), section 8; the reading off of operations is ours.
@@ -149,12 +162,11 @@ def is_affine_in_each_entry(objective: Objective) -> bool:
     """
     own = dict(objective.model.named_parameters())
     copies = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in own.items()}
-    theta = {f"model.{name}": copy for name, copy in copies.items()}
     try:
         with objective.measuring(), torch.enable_grad():
             for index in range(len(objective.batches)):
                 with _Tracer(copies, own.values()):
-                    outputs = functional_call(_Outputs(objective), theta, (index,))
+                    outputs, _ = outputs_at(objective, index, copies)
                 if not isinstance(outputs, Tensor):
                     return False
                 _refuse_custom_functions(outputs)

@@ -71,7 +71,8 @@ class DifferenceGraph(BatchGraph):
         gradient: tuple[Tensor | None, ...] = tuple(None for _ in parameters)
         if terms.total.requires_grad:
             with explained(cls.matrix):
-                gradient = torch.autograd.grad(terms.total, parameters, allow_unused=True)
+                found = torch.autograd.grad(terms.total, parameters, allow_unused=True)
+            gradient = tuple(g.to_dense() if g is not None and g.is_sparse else g for g in found)
         at = objective.with_batches([objective.batches[index]])
         return cls(parameters, gradient, total, terms.weight, terms.count, at)
 

@@ -133,7 +133,8 @@ class GradientGraph(BatchGraph):
             return [None] * len(pieces)
         parameters = graphs[0].parameters
         with explained(cls.matrix):
-            return list(torch.autograd.grad(outputs, parameters, directions, retain_graph=keep, allow_unused=True))
+            made = torch.autograd.grad(outputs, parameters, directions, retain_graph=keep, allow_unused=True)
+        return [piece.to_dense() if piece is not None and piece.is_sparse else piece for piece in made]
 
 
 def refuse_not_finite(matrix: str, objective: Objective) -> None:

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvkit.errors import CurvkitError, InvalidArgument, ran_out_of_memory
 from curvkit.losses.batches import Batch, rows, tensors
 from curvkit.objectives import Objective
+from curvkit.operators.attention import AttentionSeen
 from curvkit.operators.folding import FoldBatchNorm
 from curvkit.operators.graph import BatchGraph, GradientGraph
 from curvkit.operators.independence import rows_are_independent
@@ -45,7 +46,8 @@ class Plan:
     """The same for the largest batch alone."""
     budget_bytes: int
     rule: str = "reverse over reverse"
-    attention: str = "math"
+    attention: str | None = None
+    """Kernels of attention: "math" where attention of torch's was seen in the first rows."""
     threads: int = 1
     dtype: str = "float32"
     device: str = "cpu"
@@ -103,7 +105,8 @@ def choose(
         )
     budget = budget_bytes if budget_bytes is not None else int(BUDGET_FRACTION * free)
     divisible = rows_are_independent(objective, objective.batches[:1], kind=kind)
-    probe, second, first = first_rows(objective, divisible=divisible, kind=kind)
+    with AttentionSeen() as seen:
+        probe, second, first = first_rows(objective, divisible=divisible, kind=kind)
     scale = 1 / relative_size(probe.batches[0], objective.batches[0])
     largest = max(relative_size(batch, objective.batches[0]) for batch in objective.batches) * scale
     held = int(second * scale * sum(relative_size(batch, objective.batches[0]) for batch in objective.batches))
@@ -126,6 +129,7 @@ def choose(
         int(second * largest),
         budget,
         rule=kind.rule,
+        attention="math" if seen.found else None,
         **_surroundings(objective),
     )
 
@@ -185,10 +189,11 @@ def saved_bytes(objective: Objective, *, gradient: bool, kind: type[BatchGraph] 
     alive: list[Tensor] = []  # the address of a freed storage would be used again
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.data_ptr() not in seen:
-            seen[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor.detach())
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in own and storage.data_ptr() not in seen:
+                seen[storage.data_ptr()] = storage.nbytes()
+                alive.append(part.detach())
         return tensor.detach()  # the tensor itself would make a reference cycle
 
     def run() -> list[Tensor]:

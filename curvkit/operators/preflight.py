@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import traceback
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -20,141 +18,18 @@ from curvkit.objectives import Objective
 from curvkit.operators.graph import GradientGraph, refuse_reentrant
 from curvkit.operators.moving import Moving
 from curvkit.operators.slopes import estimated
-from curvkit.operators.support import LOW_PRECISION, Suspect, padding_rows, suspects
+from curvkit.operators.support import LOW_PRECISION
+from curvkit.operators.suspects import Suspect, padding_rows, suspects
+from curvkit.operators.verdict import IN_DOUBLE, IN_SINGLE, Limits, Preflight, Verdict
 
-Verdict = Literal["right", "wrong", "not checked"]
 TINY = torch.finfo(torch.float64).tiny
 
 ROWS = 2
 """Examples that are looked at: few, so that few kinks lie near the point."""
 PLATEAU = 0.25
 """Mismatches at three neighbouring steps that vary by at most this share of the largest are the same number: H v is something else."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the probes do in a precision, and what they may show."""
-
-    steps: tuple[float, ...]
-    """Of the difference, times 1 + ||theta||, for a direction of unit length."""
-    agrees: float
-    """A difference quotient this close to H v shows that the product is right."""
-    repeated: float
-    """Largest difference of two products with the same vector, relative; on the CPU they have the same bits."""
-    asymmetric: float
-    """Largest |u'Hv - v'Hu| / ||H v|| of rounding."""
-
-
-IN_DOUBLE = Limits((1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9), 1e-5, 1e-9, 1e-6)
-"""Seen: right at most 1e-5 at some step, wrong at least 1e-2 at all. Symmetry, also with something inside in float32: right at most 1e-8,
-wrong at least 3e-5."""
-IN_SINGLE = Limits((3e-2, 1e-2, 3e-3, 1e-3), 1e-2, 1e-5, 1e-4)
-"""Smaller steps drown in rounding, 1e-7 / h."""
 FLOOR = 1e-3
 """Parameters whose part of H v is smaller than this share of it are judged relative to that share."""
-
-
-@dataclass(frozen=True, eq=False)
-class Preflight:
-    """What three probes say about the second derivatives of an objective at its point."""
-
-    verdict: Verdict
-    repeatability: float
-    """||H v - (H v again)|| / ||H v||."""
-    asymmetry: float
-    """|u'Hv - v'Hu| / max(||H u||, ||H v||) for random unit vectors u and v."""
-    mismatches: Mapping[float, float]
-    """Step -> || (g(theta + h v) - g(theta - h v)) / 2h - H v || / ||H v||, parameter by parameter, the largest; steps after the first that
-    agrees are not tried."""
-    dtype: str
-    """Precision of the probes: float64 where the model runs in it."""
-    suspects: tuple[Suspect, ...] = ()
-    """What is known to go wrong, by module; empty where the verdict is "right"."""
-    disagreeing: tuple[str, ...] = ()
-    """Parameters whose part of H v is off, the worst first; empty where the verdict is "right"."""
-    estimated: tuple[str, ...] = ()
-    """Parameters whose gradient is not the derivative of the loss; looked for where the verdict is "wrong"."""
-    reason: str = ""
-    """Why there are no differences to compare with, if there are none."""
-    fixed: tuple[tuple[str, int], ...] = ()
-    """Rows of embeddings that have no gradient (padding_idx): the Hessian is that of a function in which they are constants."""
-
-    @property
-    def mismatch(self) -> float:
-        """The least mismatch; NaN if none was computed."""
-        return min(self.mismatches.values(), default=math.nan)
-
-    @property
-    def limits(self) -> Limits:
-        """What was allowed."""
-        return IN_DOUBLE if self.dtype == "float64" else IN_SINGLE
-
-    def to_dict(self) -> dict[str, Any]:
-        """The evidence as plain values.
-
-        Returns:
-            Verdict, numbers, precision, and the suspects' names.
-        """
-        return {
-            "verdict": self.verdict,
-            "repeatability": self.repeatability,
-            "asymmetry": self.asymmetry,
-            "mismatch": self.mismatch,
-            "dtype": self.dtype,
-            "suspects": [f"{suspect.where}: {suspect.construct.name}" for suspect in self.suspects],
-        }
-
-    def __str__(self) -> str:
-        """One sentence for people."""
-        if self.verdict == "right":
-            return (
-                f"second derivatives agree with differences of gradients to {max(self.mismatch, 0.0):.0e} on a few rows"
-            )
-        if self.verdict == "wrong":
-            return f"second derivatives are wrong: {self._evidence()}{self._where()}{self._named()}"
-        if self.reason:
-            return f"second derivatives not checked: {self.reason}"
-        return (
-            f"second derivatives not checked: the difference of gradients is off by {self.mismatch:.0e} at the best step and by more at "
-            "smaller ones, as with kinks (ReLU, max-pool) near the point or a cast to lower precision inside the model"
-        )
-
-    def _evidence(self) -> str:
-        if not self.repeatability <= self.limits.repeated:
-            return f"two products with the same vector differ by {self.repeatability:.0e}"
-        if not self.asymmetry <= self.limits.asymmetric:
-            return f"they are not symmetric ({self.asymmetry:.0e})"
-        return f"differences of gradients are off by {self.mismatch:.0e} or more at every step"
-
-    def _where(self) -> str:
-        return f", most for {_listed(self.disagreeing)}" if self.disagreeing else ""
-
-    def _named(self) -> str:
-        found = self.suspects[:3]
-        if not self.estimated:
-            if not found:
-                return (
-                    "; no known construct was found, so look for a custom autograd function that saves or returns detached tensors, or a "
-                    "hook on a tensor that detaches its gradient"
-                )
-            return "; " + "; ".join(f"{s.where}: {s.construct.name}, {s.construct.remedy}" for s in found)
-        known = "; ".join(
-            f"{s.where}: {s.construct.name}, {s.construct.remedy}"
-            if s.construct.name == LOW_PRECISION
-            else f"{s.where} may be the cause"
-            for s in found
-        )
-        return (
-            f"; the gradient itself is not the derivative of the loss for {_listed(self.estimated)}, as behind detach(), no_grad, a "
-            "rounding with a straight-through gradient, a hook that scales gradients or scale_grad_by_freq. A field that is no "
-            "gradient has no Hessian, whatever the rule: remove that, or, where these parameters are meant as constants, leave them out by "
-            f"patterns or requires_grad_(False){'; ' + known if known else ''}"
-        )
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def preflight(objective: Objective) -> Preflight:
@@ -177,7 +52,7 @@ def preflight(objective: Objective) -> Preflight:
     Raises:
         CurvkitError: If the loss cannot be evaluated at all.
 
-    Cost: three products and up to 14 gradients of two rows, and a copy of the parameters in float64.
+    Cost: three products and up to 14 gradients of two rows, two forward passes, and a copy of the parameters in float64.
     Accuracy: silent errors of torch 2.13 (once_differentiable, detached saves) are off by 1e-2 to 1 at every step; right derivatives of all
         modules of torch.nn by at most 1e-5 at one. In float32 only 1e-2 is asked for. See docs/preflight.md.
 
@@ -187,11 +62,12 @@ def preflight(objective: Objective) -> Preflight:
         >>> preflight(Objective(torch.nn.Linear(3, 2), cross_entropy, data)).verdict
         'right'
     """
-    probe = _in_float64(_few_rows(objective.raised()))
+    few = _few_rows(objective.raised())
+    probe = _in_float64(few)
     n, dtype, device = probe.parameters.n, probe.dtype, probe.device
     u, v = (seeds.normal(n, 0, "preflight", index, dtype=dtype, device=device) for index in range(2))
     with _explained():
-        fixed = padding_rows(probe)
+        fixed, lowered = padding_rows(probe), _lowered(few, probe)
     for w in (u, v):
         _hold(probe, w, fixed)
         w /= norm(w)
@@ -210,7 +86,7 @@ def preflight(objective: Objective) -> Preflight:
     limits = _limits(probe)
     agrees = min(mismatches.values(), default=math.inf) <= limits.agrees
     consistent = repeatability <= limits.repeated and asymmetry <= limits.asymmetric
-    wrong = not consistent or (not agrees and _plateau([*mismatches.values()], limits.agrees))
+    wrong = bool(lowered) or not consistent or (not agrees and _plateau([*mismatches.values()], limits.agrees))
     verdict: Verdict = "wrong" if wrong else "right" if agrees else "not checked"
     return Preflight(
         verdict,
@@ -218,11 +94,12 @@ def preflight(objective: Objective) -> Preflight:
         asymmetry,
         mismatches,
         str(dtype).removeprefix("torch."),
-        suspects=() if verdict == "right" else suspects(probe),
+        suspects=lowered or (() if verdict == "right" else suspects(probe)),
         disagreeing=() if verdict == "right" else disagreeing,
         estimated=estimated(moving, v) if verdict == "wrong" and moving is not None else (),
         reason=reason,
         fixed=fixed,
+        lowered=bool(lowered),
     )
 
 
@@ -272,6 +149,19 @@ def _in_float64(objective: Objective) -> Objective:
     except (CurvkitError, RuntimeError, TypeError):
         return objective
     return double
+
+
+def _lowered(few: Objective, probe: Objective) -> tuple[Suspect, ...]:
+    """What is computed in half precision in the model's own precision, though not in that of the probes, which then show another function.
+
+    Autocast does so where no switch of ours reaches it: it lowers float32, and leaves float64 as it is.
+    """
+    if probe is few:
+        return ()
+    found = [suspect for suspect in suspects(few) if suspect.construct.name == LOW_PRECISION]
+    if not found or any(suspect.construct.name == LOW_PRECISION for suspect in suspects(probe)):
+        return ()
+    return tuple(found)
 
 
 def _products(probe: Objective, vectors: tuple[Tensor, ...]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from curvkit.checkpoints import Checkpoint
 from curvkit.errors import MissingExtra, RefusedCheckpoint, UnknownObjective
 from curvkit.objectives.surroundings import random_state
+from curvkit.resolving.adapter_settings import exact
 from curvkit.resolving.language_model import LanguageModel
 from curvkit.resolving.transformers_library import quietly, reason_of, refuse_broken_torchvision
 
@@ -41,12 +42,13 @@ def adapt(base: LanguageModel, checkpoint: Checkpoint) -> LanguageModel:
 
     Raises:
         MissingExtra: If peft is not there.
-        RefusedCheckpoint: If a weight is integer, NaN or infinite.
+        RefusedCheckpoint: If a weight is integer, NaN or infinite, or a setting is an expression that cannot be replaced.
         UnknownObjective: If the adapter is of an unknown kind or does not fit the base.
     """
     peft = _peft()
     path, described = checkpoint.path, dict(checkpoint.config or {})
     _check_values(path, checkpoint.weights)
+    described, notes = exact(path, described, checkpoint.weights, dict(base.model.named_modules()))
     with quietly(), random_state():
         try:
             config = _config(peft, described, path)
@@ -75,7 +77,7 @@ def adapt(base: LanguageModel, checkpoint: Checkpoint) -> LanguageModel:
         raise UnknownObjective("\n".join(lines))
     name = f"{base.name} with a {described.get('peft_type')} adapter"
     places = (path if path.is_dir() else path.parent, *base.tokenizer_places)
-    return replace(base, model=model.eval(), name=name, tokenizer_places=places)
+    return replace(base, model=model.eval(), name=name, tokenizer_places=places, notes=(*base.notes, *notes))
 
 
 def _peft() -> Any:

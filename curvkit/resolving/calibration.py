@@ -102,10 +102,10 @@ def calibrate(tokens: Tokens, shape: Shape, language: LanguageModel, *, mask: in
     n, length, vocabulary = len(tokens.ids), shape.length, language.vocabulary
     possible = (n - 1) // length
     if possible < 1:
-        shorter = f"pass --seq-len {n - 1} or less, or " if n >= 2 else ""
+        shorter = f"Pass --seq-len {n - 1} or less, or a longer text." if n >= 2 else "Pass a longer text."
         raise UnknownObjective(
             f"{source}: too short: it has {n:,} {'token' if n == 1 else 'tokens'}, and one window of {length} needs {length + 1}. "
-            f"To measure {shorter}a longer text."
+            f"{shorter}"
         )
     outside = tokens.ids[(tokens.ids < 0) | (tokens.ids >= vocabulary)]
     if len(outside):

@@ -58,13 +58,16 @@ def forget_namesakes(reference: str, base: Path | None = None) -> None:
             del sys.modules[name]
 
 
-def load_factory(reference: str, base: Path | None = None, *, said: str = "--objective") -> Callable[..., Any]:
+def load_factory(
+    reference: str, base: Path | None = None, *, said: str = "--objective", source: bytes | None = None
+) -> Callable[..., Any]:
     """Import the function that a reference names.
 
     Args:
         reference: "path/to/file.py:function", or "package.module:function" importable from the base.
         base: A directory; None is the current one.
         said: Where the reference stands, for messages.
+        source: The content of the file, if it was read already; the file is then not opened again, nor what was compiled of it before.
 
     Returns:
         The function.
@@ -80,7 +83,8 @@ def load_factory(reference: str, base: Path | None = None, *, said: str = "--obj
             f"{said} {reference!r}: expected FILE.py:FUNCTION or MODULE:FUNCTION, for example train.py:objective."
         )
     with neighbours(reference, base):
-        module = _import_file(Path(place), base, said) if place.endswith(".py") else _import_module(place, base, said)
+        file = Path(place) if place.endswith(".py") else None
+        module = _import_file(file, base, said, source) if file is not None else _import_module(place, base, said)
     found = getattr(module, name, None)
     if not callable(found):
         marked = [key for key, value in vars(module).items() if is_objective(value)]
@@ -204,7 +208,7 @@ def _source(module: Any) -> Path | None:
     return Path(places[0]).resolve() if places else None
 
 
-def _import_file(named: Path, base: Path | None, said: str) -> types.ModuleType:
+def _import_file(named: Path, base: Path | None, said: str, source: bytes | None) -> types.ModuleType:
     path = named if base is None else base / named
     if not path.is_file():
         raise InvalidArgument(f"{said} {str(named)!r}: there is no such file. Paths are taken from {_place(base)}.")
@@ -215,7 +219,10 @@ def _import_file(named: Path, base: Path | None, said: str) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up
     try:
-        spec.loader.exec_module(module)
+        if source is None:
+            spec.loader.exec_module(module)
+        else:
+            exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
     except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
         raise FactoryFailed(f"{path} was imported") from error

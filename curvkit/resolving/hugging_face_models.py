@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from curvkit.checkpoints import Checkpoint
+from curvkit.checkpoints.command_lines import command_line
+from curvkit.checkpoints.needs import LANGUAGE_MODELS
 from curvkit.checkpoints.trust import NOTHING, Trust
 from curvkit.errors import RefusedCheckpoint, UnknownObjective
 from curvkit.objectives.surroundings import random_state
-from curvkit.resolving.depth import refuse_too_deep
+from curvkit.resolving.configurations import FETCHING, plain, refuse_unbuildable
 from curvkit.resolving.hugging_face_weights import loaded, sources
 from curvkit.resolving.language_model import Kind, LanguageModel
 from curvkit.resolving.transformers_library import (
@@ -25,16 +28,8 @@ from curvkit.resolving.transformers_library import (
     refuse_broken_torchvision,
 )
 
-NOT_OURS = (
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "attn_implementation",
-    "auto_map",
-    "distributed_config",
-    "fusion_config",
-    "transformers_weights",
-)
-"""Entries of a configuration that say how to run or where to find code and files, not what the model is."""
+MOST_IN_TABLES = 200_000_000
+"""Numbers in buffers, such as masks and sines of positions, beyond which a small file is not believed."""
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
 
@@ -83,7 +78,7 @@ def refuse_other_architectures(checkpoint: Checkpoint) -> str:
     """
     described = _described(checkpoint)
     name = _architecture(described)
-    if name is None or not name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")) or described.get("auto_map"):
+    if name is None or not name.endswith(LANGUAGE_MODELS) or described.get("auto_map"):
         with quietly():
             found, _, _ = _chosen(checkpoint.path, described, NOTHING)
         return found.__name__
@@ -92,7 +87,7 @@ def refuse_other_architectures(checkpoint: Checkpoint) -> str:
 
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     described = dict(checkpoint.config or {})
-    refuse_too_deep(f"{checkpoint.path}: config.json", described, len(checkpoint.weights))
+    refuse_unbuildable(f"{checkpoint.path}: config.json", described, checkpoint.weights)
     return described
 
 
@@ -113,6 +108,11 @@ def _of_transformers(transformers: Any, path: Path, described: Mapping[str, Any]
             f"{path}: config.json has model_type {model_type!r}, which transformers {transformers.__version__} does not know. Update it "
             "with pip install --upgrade transformers, or name an objective with --objective FILE.py:FUNCTION."
         )
+    if model_type in FETCHING and importlib.util.find_spec("kernels") is not None:
+        raise RefusedCheckpoint(
+            f"{path}: a model of the type {model_type} fetches code from the Hub and imports it, since the package kernels is installed. "
+            "Nothing was. Measure it in an environment without that package (pip uninstall kernels)."
+        )
     if name is None:
         kinds = [kind for kind, table in tables.items() if model_type in table]
         name = tables[kinds[0]][model_type] if len(kinds) == 1 else f"{model_type} without architectures"
@@ -121,16 +121,16 @@ def _of_transformers(transformers: Any, path: Path, described: Mapping[str, Any]
     if len(kinds) != 1 or name.endswith("ForConditionalGeneration"):
         raise UnknownObjective(
             f"{path}: a {name} is neither a causal nor a masked language model, so which loss and data it takes is not known. "
-            "Name an objective with --objective FILE.py:FUNCTION; curvkit init writes one to fill in."
+            f"Type {command_line('init', path)}, which writes a function to fill in, or name one: --objective FILE.py:FUNCTION."
         )
-    plain = {key: value for key, value in described.items() if key not in NOT_OURS}
     try:
-        found, config = getattr(transformers, name), transformers.CONFIG_MAPPING[model_type].from_dict(plain)
+        found = getattr(transformers, name)
+        config = transformers.CONFIG_MAPPING[model_type].from_dict(plain(described))
     except Exception as error:  # each configuration checks itself in its own way
         refuse_broken_torchvision(error)
         raise UnknownObjective(
-            f"{path}: transformers {transformers.__version__} cannot make a {name} of config.json ({reason_of(error)}). Update "
-            "transformers, or name an objective with --objective FILE.py:FUNCTION."
+            f"{path}: transformers {transformers.__version__} cannot make a {name} of config.json ({reason_of(error)}). Correct "
+            "it, update transformers, or name an objective with --objective FILE.py:FUNCTION."
         ) from error
     if not isinstance(config, found.config_class):
         raise UnknownObjective(
@@ -165,7 +165,7 @@ def _of_directory(transformers: Any, path: Path, described: Mapping[str, Any], t
         made = class_of_directory(str(mapping["AutoConfig"]), place)
     else:
         made = transformers.CONFIG_MAPPING[described["model_type"]]
-    return found, made.from_dict({key: value for key, value in described.items() if key not in NOT_OURS}), kind
+    return found, made.from_dict(plain(described)), kind
 
 
 def _check_size(path: Path, found: Any, config: Any, weights: Mapping[str, Tensor]) -> None:
@@ -186,7 +186,9 @@ def _check_size(path: Path, found: Any, config: Any, weights: Mapping[str, Tenso
             )
     own = {id(parameter): parameter.numel() for parameter in skeleton.parameters()}
     wanted, there = sum(own.values()), sum(tensor.numel() for tensor in weights.values())
-    if wanted > 2 * there + 1_000_000:  # a tied head may be missing in the file
+    tables = sum(buffer.numel() for buffer in skeleton.buffers())  # of positions; they need not be in the file
+    if wanted > 2 * there + 1_000_000 or tables > 8 * there + MOST_IN_TABLES:  # a tied head may be missing in the file
+        wanted += tables if tables > wanted else 0
         raise UnknownObjective(
             f"{path}: config.json describes a {found.__name__} of {wanted:,} numbers, and the file has {there:,}. "
             "They do not belong together; take another copy of the directory."

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from curvkit.checkpoints import Checkpoint, read
+from curvkit.checkpoints.command_lines import command_line
+from curvkit.checkpoints.needs import tokenizer_place
 from curvkit.errors import UnknownObjective
 from curvkit.objectives import Objective
 from curvkit.resolving.adapted_models import adapt
@@ -15,7 +18,7 @@ from curvkit.resolving.language_model import LanguageModel
 from curvkit.resolving.nanogpt_checkpoints import build_nanogpt, is_nanogpt
 from curvkit.resolving.request import Request
 from curvkit.resolving.texts import NoTokenizer, Tokenizer, bundled_tokens, read_tokens
-from curvkit.resolving.tokenizers import load_tokenizer, tokenizer_place
+from curvkit.resolving.tokenizers import load_tokenizer
 
 DEMO = "text bundled with Python, not your data"
 
@@ -65,7 +68,10 @@ def language_objective(checkpoint: Checkpoint, request: Request) -> LanguageObje
     language = _built(checkpoint, request)
     shape = Shape.of(seq_len, tokens, context=language.context)
     tokenizer = load_tokenizer(language.tokenizer_places, vocabulary=language.vocabulary, trust=request.trust)
-    found = _calibration(language, shape, tokenizer, request)
+    try:
+        found = _calibration(language, shape, tokenizer, request)
+    except NoTokenizer as error:
+        raise UnknownObjective(_no_tokenizer(checkpoint, language, error, request)) from error
     name = DEMO if request.data is None else request.data.path.name
     objective = Objective(language.model, language.loss, found.batches)
     source = f"{language.name} ({checkpoint.kind}) · {language.loss.name} of {found.words} from {name}"
@@ -83,23 +89,21 @@ def _built(checkpoint: Checkpoint, request: Request) -> LanguageModel:
 
 def _calibration(language: LanguageModel, shape: Shape, tokenizer: Tokenizer | None, request: Request) -> Calibration:
     mask = tokenizer.mask if tokenizer is not None else None
-    try:
-        if request.data is not None:
-            source = f"--data {request.data.path}"
-            tokens = read_tokens(
-                request.data, tokenizer, length=shape.length, count=shape.count, vocabulary=language.vocabulary
-            )
-        elif tokenizer is None:
-            raise NoTokenizer("--demo-data is text")
-        else:
-            source, tokens = "--demo-data", bundled_tokens(tokenizer)
-    except NoTokenizer as error:
-        raise UnknownObjective(_no_tokenizer(language, error, request)) from error
+    if request.data is not None:
+        source = f"--data {request.data.path}"
+        tokens = read_tokens(
+            request.data, tokenizer, length=shape.length, count=shape.count, vocabulary=language.vocabulary
+        )
+    elif tokenizer is None:
+        raise NoTokenizer("--demo-data is text")
+    else:
+        source, tokens = "--demo-data", bundled_tokens(tokenizer)
     return calibrate(tokens, shape, language, mask=mask, source=source)
 
 
-def _no_tokenizer(language: LanguageModel, error: NoTokenizer, request: Request) -> str:
-    places = " and ".join(str(place) for place in language.tokenizer_places)
+def _no_tokenizer(checkpoint: Checkpoint, language: LanguageModel, error: NoTokenizer, request: Request) -> str:
+    places = " and ".join(map(_named, language.tokenizer_places))
+    measure = command_line("sharpness", checkpoint.path, *checkpoint.options, "--data", "val.bin")
     beside = [*language.tokenizer_places, *([request.data.path.parent] if request.data is not None else [])]
     pickled = next((place / "meta.pkl" for place in beside if (place / "meta.pkl").is_file()), None)
     lines = [
@@ -111,15 +115,17 @@ def _no_tokenizer(language: LanguageModel, error: NoTokenizer, request: Request)
         lines.insert(2, f"           {pickled}, a pickle, which is not opened: that could run code")
     if isinstance(language.loss.attribute, str):
         lines.append(
-            f"  do one   copy tokenizer.json (and tokenizer_config.json) of the model into {language.tokenizer_places[0]}"
+            f"  do one   copy tokenizer.json (and tokenizer_config.json) of the model into {_named(language.tokenizer_places[0])}"
         )
-        lines.append(
-            "           --data val.bin    ids of tokens: numpy.asarray(ids, dtype=numpy.uint16).tofile('val.bin')"
-        )
+        lines.append(f"           {measure}    ids: numpy.asarray(ids, dtype=numpy.uint16).tofile('val.bin')")
     else:
-        lines.append("  do one   --data data/.../val.bin    the ids that nanoGPT's prepare.py wrote for its training")
+        lines.append(f"  do one   {measure}    the ids that nanoGPT's prepare.py wrote for its training")
         lines.append(f"           copy the tokenizer.json that fits it, for example GPT-2's, into {places}")
     return "\n".join(lines)
+
+
+def _named(place: Path) -> str:
+    return "the current directory" if place == Path() else str(place)
 
 
 def _teaching(checkpoint: Checkpoint) -> str:
@@ -133,19 +139,17 @@ def _teaching(checkpoint: Checkpoint) -> str:
     places = (path if path.is_dir() else path.parent, *([checkpoint.base] if checkpoint.base is not None else []))
     place = tokenizer_place(places)
     tokenizer = "no tokenizer" if place is None else f"tokenizer in {place}"
-    text = "val.bin" if place is None else "val.txt"
+    measure, text = command_line("sharpness", path, *checkpoint.options), "val.bin" if place is None else "val.txt"
     kinds = ".bin of nanoGPT: ids of tokens" if place is None else ".txt, .jsonl, nanoGPT's .bin, or a datasets folder"
     lines = [
         f"{path} is {_with_article(name)}, but nothing says on which text to measure it.",
         f"  found    {checkpoint} · {tokenizer}",
         "  missing  text: best what it was trained on, or was validated on",
-        f"  do one   curvkit sharpness {path} --data {text}       {kinds}",
+        f"  do one   {measure} --data {text}       {kinds}",
     ]
     if place is not None:
-        lines.append(
-            f"           curvkit sharpness {path} --demo-data          bundled text: not your data, so no verdict"
-        )
-    lines.append(f"           curvkit sharpness {path} --objective train.py:objective")
+        lines.append(f"           {measure} --demo-data          bundled text: not your data, so no verdict")
+    lines.append(f"           {measure} --objective train.py:objective")
     return "\n".join(lines)
 
 

@@ -5,20 +5,32 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from curvkit.checkpoints import Checkpoint
 from curvkit.checkpoints.named_recipes import NamedRecipe
 from curvkit.checkpoints.trust import Trust
 from curvkit.errors import RefusedCheckpoint
-from curvkit.resolving.config import home_directory, project_root, repository_around
+from curvkit.resolving.projects import home_directory, project_root, repository_around
 
 MARKS = ("curvkit.objective", "objective")
 """How the decorator looks in the source."""
 MOST_BYTES = 1 << 24
 
 
-def admitted_file(recipe: NamedRecipe, checkpoint: Checkpoint, trust: Trust, here: Path) -> tuple[Path, str]:
+@dataclass(frozen=True)
+class Admitted:
+    """A file that may be imported."""
+
+    file: Path
+    name: str
+    """Of the function."""
+    source: bytes
+    """What was looked at; this is what is imported, whatever lies at the path by then."""
+
+
+def admitted_file(recipe: NamedRecipe, checkpoint: Checkpoint, trust: Trust, here: Path) -> Admitted:
     """Find the file that a named recipe means, and refuse it unless it is plainly the user's own and unchanged.
 
     It is looked for from the current directory upwards, in a repository also from the checkpoint upwards, never outside of the current
@@ -33,7 +45,7 @@ def admitted_file(recipe: NamedRecipe, checkpoint: Checkpoint, trust: Trust, her
         here: The current directory.
 
     Returns:
-        The file, and the name of the function.
+        The file as it was read, and the name of the function.
 
     Raises:
         RefusedCheckpoint: Otherwise; nothing was imported.
@@ -64,9 +76,11 @@ def admitted_file(recipe: NamedRecipe, checkpoint: Checkpoint, trust: Trust, her
             f"{checkpoint.path}: its recipe names {recipe.objective}, and the current project ({root}) has no file {relative}. Code that a "
             f"checkpoint names is imported only inside the current project. {_nothing(name)}"
         )
+    said = f"{checkpoint.path}: its recipe names {recipe.objective}, and {file}"
+    content = _content(file, name, said)
     if not trust.everything:
-        _check(file, name, recipe, checkpoint, root)
-    return file, name
+        _check(file, content, recipe, said, root)
+    return Admitted(file, name, content)
 
 
 def _candidates(
@@ -81,13 +95,21 @@ def _candidates(
                 yield directory / relative
 
 
-def _check(file: Path, name: str, recipe: NamedRecipe, checkpoint: Checkpoint, root: Path) -> None:
-    said = f"{checkpoint.path}: its recipe names {recipe.objective}, and {file}"
+def _content(file: Path, name: str, said: str) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise RefusedCheckpoint(f"{said} cannot be read ({error.strerror or error}). {_nothing(name)}") from error
+    if len(content) > MOST_BYTES:
+        raise RefusedCheckpoint(f"{said} is larger than any source file. {_nothing(name)}")
+    return content
+
+
+def _check(file: Path, content: bytes, recipe: NamedRecipe, said: str, root: Path) -> None:
+    name = recipe.objective.rpartition(":")[2]
     if not file.resolve().is_relative_to(root):
         raise RefusedCheckpoint(f"{said} is a link out of the current project ({root}). {_nothing(name)}")
-    if file.stat().st_size > MOST_BYTES:
-        raise RefusedCheckpoint(f"{said} is larger than any source file. {_nothing(name)}")
-    content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != recipe.source_sha256.lower():
         raise RefusedCheckpoint(
             f"{said} is not the file that it was when the checkpoint was written (another SHA-256). If it still makes this model: "

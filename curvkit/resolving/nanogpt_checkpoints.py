@@ -11,13 +11,13 @@ from torch import Tensor
 
 from curvkit.checkpoints import Checkpoint, fit
 from curvkit.checkpoints.fitting import precision
+from curvkit.checkpoints.needs import language_model
 from curvkit.errors import InvalidArgument, UnknownObjective
 from curvkit.models import GPT
 from curvkit.resolving.depth import refuse_too_deep
 from curvkit.resolving.language_model import LanguageModel
 
 ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
-NEEDED = ("n_layer", "n_head", "n_embd", "block_size")
 TRIANGLE = re.compile(r"(^|\.)attn\.bias$")
 """nanoGPT keeps the causal mask as a buffer where torch has no fused attention; `c_attn.bias` is another thing."""
 
@@ -31,7 +31,7 @@ def is_nanogpt(checkpoint: Checkpoint) -> bool:
     Returns:
         True if it has the layout of nanoGPT, with the sizes in `model_args`; sizes of another origin name no architecture.
     """
-    return "nanoGPT" in checkpoint.kind and all(key in (checkpoint.config or {}) for key in NEEDED)
+    return checkpoint.kind == "nanoGPT checkpoint" and language_model(checkpoint.kind, checkpoint.config) is not None
 
 
 def build_nanogpt(checkpoint: Checkpoint) -> LanguageModel:

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 
 from curvkit.checkpoints import Checkpoint, Recipe, fit
+from curvkit.checkpoints.command_lines import command_line
 from curvkit.checkpoints.fitting import precision
 from curvkit.checkpoints.named_recipes import NamedRecipe
+from curvkit.checkpoints.quantised import quantised_refusal
 from curvkit.checkpoints.recipes import LOSSES
-from curvkit.errors import InvalidArgument, UnknownObjective
+from curvkit.errors import InvalidArgument, RefusedCheckpoint, UnknownObjective
 from curvkit.losses.kinds import KnownLoss
 from curvkit.models import BUILDERS, build
 from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import random_state
-from curvkit.resolving.depth import refuse_too_deep
+from curvkit.resolving.config import VARIABLE
+from curvkit.resolving.configurations import refuse_unbuildable
 from curvkit.resolving.factories import call_factory, forget_namesakes, load_factory, neighbours
 from curvkit.resolving.language_objectives import is_language_model, language_objective
 from curvkit.resolving.named_code import admitted_file
 from curvkit.resolving.request import Request
-
-VARIABLE = "CURVKIT_OBJECTIVE"
-"""Of the environment; it may name a function, and never what is trusted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,8 @@ class Reference:
     base: Path | None
     said: str
     """Where: "--objective", the variable, or the configuration."""
+    source: bytes | None = None
+    """The file itself, where it was read and checked already."""
 
 
 def resolve(checkpoint: Checkpoint, request: Request | None = None) -> Resolved:
@@ -100,6 +102,9 @@ def resolve(checkpoint: Checkpoint, request: Request | None = None) -> Resolved:
         return _drawn(Resolved(objective, source + _taken(checkpoint), notes), request.num_batches)
     if is_language_model(checkpoint):
         return _on_text(checkpoint, request)
+    quantised = quantised_refusal(checkpoint.weights)
+    if quantised is not None:  # no function that the user could write would help
+        raise RefusedCheckpoint(f"{checkpoint.path}: {quantised}")
     raise UnknownObjective(_teaching(checkpoint))
 
 
@@ -124,7 +129,7 @@ def _said(reference: Reference) -> str:
 def _from_reference(reference: Reference, given: Mapping[str, Any] | None = None) -> Objective:
     forget_namesakes(reference.reference, reference.base)
     with random_state(), neighbours(reference.reference, reference.base):
-        factory = load_factory(reference.reference, reference.base, said=reference.said)
+        factory = load_factory(reference.reference, reference.base, said=reference.said, source=reference.source)
         return call_factory(factory, reference.settings, given)
 
 
@@ -133,8 +138,9 @@ def _from_named_recipe(checkpoint: Checkpoint, request: Request) -> Resolved:
         recipe = NamedRecipe.from_dict(checkpoint.recipe or {})
     except InvalidArgument as error:
         raise UnknownObjective(_unusable(checkpoint, error)) from error
-    file, name = admitted_file(recipe, checkpoint, request.trust, Path.cwd())
-    reference = Reference(f"{file.name}:{name}", request.settings, file.parent, "recipe in the checkpoint")
+    found = admitted_file(recipe, checkpoint, request.trust, Path.cwd())
+    place = f"{found.file.name}:{found.name}"
+    reference = Reference(place, request.settings, found.file.parent, "recipe in the checkpoint", found.source)
     objective = _from_reference(reference, recipe.kwargs)
     return _finished(checkpoint, request, objective, f"{recipe.objective} (recipe in the checkpoint)")
 
@@ -143,7 +149,7 @@ def _from_recipe(checkpoint: Checkpoint) -> tuple[Objective, tuple[str, ...]]:
     """The objective, and what is to be said of how the weights fit."""
     try:
         recipe = Recipe.from_dict(checkpoint.recipe or {})
-        refuse_too_deep(f"{checkpoint.path}: the recipe", recipe.kwargs, len(checkpoint.weights))
+        refuse_unbuildable(f"{checkpoint.path}: the recipe", recipe.kwargs, checkpoint.weights)
         with random_state(), torch.device("meta"):  # whatever sizes it asks for, no memory is taken
             model = build(recipe.builder, recipe.kwargs)
     except InvalidArgument as error:
@@ -166,7 +172,8 @@ def _on_text(checkpoint: Checkpoint, request: Request) -> Resolved:
     if not is_language_model(checkpoint):
         raise InvalidArgument(
             f"{flag}: text is for language models that say what they are (directories of Hugging Face, nanoGPT), and {checkpoint.path} "
-            f"is a {checkpoint.kind}. Leave it out; the function of --objective brings the data."
+            f"is a {checkpoint.kind}. Leave it out: the function of --objective brings the data. To have one written, to fill in: "
+            f"{command_line('init', checkpoint.path, *checkpoint.options)}"
         )
     if request.settings:
         raise InvalidArgument(
@@ -211,8 +218,8 @@ def _teaching(checkpoint: Checkpoint) -> str:
         f"  found    {checkpoint}{keys}",
         *_beside(path),
         "  missing  an objective: a function returning curvkit.Objective(model, loss, data)",
-        f"  do one   curvkit init {path}    writes a file with such a function, to fill in",
-        f"           curvkit sharpness {path} --objective train.py:objective",
+        f"  do one   {command_line('init', path, *checkpoint.options)}    writes a file with such a function, to fill in",
+        f"           {command_line('sharpness', path, *checkpoint.options)} --objective train.py:objective",
         "           curvkit.save(path, model=model, recipe=objective)    in the training script: no flag then",
         f"           curvkit.save(path, model=model, recipe=Recipe(...))    for curvkit's own models ({', '.join(BUILDERS)})",
     ]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy
 import torch
 from torch import Tensor
 
 from curvkit.errors import InvalidArgument, UnknownObjective
 from curvkit.models import topics_text
+from curvkit.resolving.binary_ids import read_ids
 from curvkit.resolving.dataset_folders import is_dataset, open_rows
 from curvkit.resolving.request import TextData
 
@@ -23,10 +23,6 @@ MOST_TOKENS = 4_000_000
 """More of ready ids is not read."""
 LONGEST_LINE = 64_000_000
 """Characters of one line of JSON."""
-LOOKED_AT = 1 << 16
-"""Numbers at the beginning of a .bin file of which the width is judged."""
-FEWEST_HALVES = 64
-"""With fewer of them nothing is concluded."""
 LINES = (".jsonl", ".ndjson")
 NOT_TEXT = {
     ".json": 'Write one object per line, each with a field "text", as .jsonl.',
@@ -104,8 +100,7 @@ def read_tokens(
         )
     suffix = path.suffix.lower()
     if suffix == ".bin":
-        _check_width(path, vocabulary)
-        return _of_binary(path, length, count)
+        return Tokens(read_ids(path, length=length, count=count, vocabulary=vocabulary))
     if suffix in NOT_TEXT:
         raise UnknownObjective(f"--data {path}: {suffix} files are not read. {NOT_TEXT[suffix]}")
     if tokenizer is None:
@@ -153,36 +148,6 @@ def _of_directory(data: TextData, tokenizer: Tokenizer | None) -> Tokens:
     return Tokens(torch.tensor(ids, dtype=torch.int64), notes)
 
 
-def _of_binary(path: Path, length: int, count: int) -> Tokens:
-    """Evenly spaced windows of a file of 16-bit ids, each with the token after it."""
-    size = path.stat().st_size
-    total, odd = divmod(size, 2)
-    if odd or not total:
-        raise UnknownObjective(
-            f"--data {path}: {size:,} bytes are no sequence of 16-bit ids, which is what a .bin file of nanoGPT holds. "
-            "Write it with numpy.asarray(ids, dtype=numpy.uint16).tofile(path)."
-        )
-    if total <= count * (length + 1):
-        return Tokens(_ids(path, 0, total))
-    step = total // count
-    return Tokens(torch.cat([_ids(path, index * step, length + 1) for index in range(count)]))
-
-
-def _check_width(path: Path, vocabulary: int | None) -> None:
-    """Refuse a file of 32-bit ids, whose halves would be read as ids: of small ids every second half is 0 or 1."""
-    if vocabulary is not None and vocabulary > 1 << 16:
-        raise UnknownObjective(
-            f"--data {path}: a .bin file holds 16-bit ids, and the model's vocabulary of {vocabulary:,} does not fit into them. Pass the "
-            "text as .txt or .jsonl, or the ids as a directory of datasets with a column input_ids."
-        )
-    head = _ids(path, 0, LOOKED_AT)
-    if len(head) // 2 >= FEWEST_HALVES and bool((head[1::2] <= 1).all()) and bool((head[::2] > 1).any()):
-        raise UnknownObjective(
-            f"--data {path}: it looks like 32-bit ids (every second 16-bit number is 0 or 1), and a .bin file of nanoGPT has 16-bit ones. "
-            "Write it with numpy.asarray(ids, dtype=numpy.uint16).tofile(path)."
-        )
-
-
 def _shown(row: object) -> str:
     """A row that is no list of ids, or the first thing in it that is no id."""
     if isinstance(row, list):
@@ -192,12 +157,8 @@ def _shown(row: object) -> str:
 
 
 def _kind(found: object) -> str:
-    return "null" if found is None else f"a {type(found).__name__} ({found!r:.40})"
-
-
-def _ids(path: Path, start: int, count: int) -> Tensor:
-    found = numpy.fromfile(path, dtype="<u2", count=count, offset=2 * start)
-    return torch.from_numpy(found.astype(numpy.int64))
+    name = type(found).__name__
+    return "null" if found is None else f"{'an' if name[0] in 'aeio' else 'a'} {name} ({found!r:.40})"
 
 
 def _documents(path: Path) -> Iterator[str]:
@@ -235,6 +196,11 @@ def _text_of(path: Path, number: int, line: str) -> str:
             f"--data {path}: line {number} is no JSON. A .jsonl file has one object per line, such as {example}."
         ) from error
     text = entry.get("text") if isinstance(entry, dict) else None
+    if isinstance(entry, dict) and "text" in entry and not isinstance(text, str):
+        raise UnknownObjective(
+            f'--data {path}: line {number} has {_kind(text)} under "text", which is no text. Write it in quotes, so that lines are '
+            f"{example}."
+        )
     if not isinstance(text, str):
         found = (
             f"fields: {', '.join(map(str, list(entry)[:8])) or 'none'}"

@@ -122,13 +122,18 @@ def class_of_directory(reference: str, directory: str) -> Any:
     return get_class_from_dynamic_module(reference, directory, local_files_only=True)
 
 
-def reason_of(error: Exception) -> str:
-    """The first line of an error that says something.
+def reason_of(error: BaseException) -> str:
+    r"""The first line of an error that says something; where it announces the next one, both.
 
     Args:
         error: Any.
 
     Returns:
         At most 200 characters.
+
+    Example:
+        >>> reason_of(ValueError("Validation error for field 'n_layer':\n    TypeError: expected int, got str"))
+        "Validation error for field 'n_layer': TypeError: expected int, got str"
     """
-    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])[:200]

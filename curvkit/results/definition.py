@@ -23,14 +23,20 @@ class Definition:
     """Number of coordinates, n; tied parameters count once."""
     mode: str
     dtype: str
-    attention: str
+    attention: str | None
+    """Kernels of attention; None where none is known to be used."""
 
     def __str__(self) -> str:
         """One sentence for people."""
-        terms = f" over {self.terms:,} terms" if self.terms is not None else ""
-        examples = f"{self.examples:,} examples in " if self.examples is not None else ""
+        terms = f" over {_counted(self.terms, 'term')}" if self.terms is not None else ""
+        examples = f"{_counted(self.examples, 'example')} in " if self.examples is not None else ""
+        attention = f" · {self.attention} attention" if self.attention else ""
         return (
             f"{self.matrix.capitalize()} of {self.loss}, {self.reduction}{terms} · "
-            f"{examples}{self.batches} batch{'es' if self.batches != 1 else ''} · "
-            f"{self.parameters:,} parameters · {self.mode} mode · {self.dtype} · {self.attention} attention"
+            f"{examples}{_counted(self.batches, 'batch', 'batches')} · "
+            f"{_counted(self.parameters, 'parameter')} · {self.mode} mode · {self.dtype}{attention}"
         )
+
+
+def _counted(number: int, one: str, several: str = "") -> str:
+    return f"{number:,} {one if number == 1 else several or one + 's'}"

@@ -100,7 +100,7 @@ def without_folders(text: str) -> str:
 
 
 def to_json(document: Mapping[str, Any]) -> str:
-    r"""Write a document with one line per entry; NaN and infinity become strings, which every parser reads.
+    r"""Write a document with one line per entry; NaN and infinity, which JSON does not have, become null.
 
     Args:
         document: Mappings, lists, dataclasses, tensors and plain values.
@@ -110,7 +110,7 @@ def to_json(document: Mapping[str, Any]) -> str:
 
     Example:
         >>> to_json({"a": float("nan"), "b": torch.tensor([1.0])}).replace("\n", "")
-        '{  "a": "nan",  "b": [    1.0  ]}'
+        '{  "a": null,  "b": [    1.0  ]}'
     """
     return json.dumps(plain(document), indent=2, allow_nan=False, ensure_ascii=False)
 
@@ -122,7 +122,7 @@ def plain(value: Any) -> Any:
         value: A mapping, sequence, dataclass, tensor or plain value.
 
     Returns:
-        Dicts, lists, numbers, strings, booleans and None.
+        Dicts, lists, finite numbers, strings, booleans and None. NaN and infinity are None: unknown, or without bound.
     """
     if isinstance(value, Tensor):
         return plain(value.tolist())
@@ -133,7 +133,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
     if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
+        return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
         return value
     return str(value)

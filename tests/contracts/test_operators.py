@@ -20,7 +20,7 @@ from curvkit.linalg import DenseMap, FunctionMap, LinearMap
 from curvkit.losses import token_cross_entropy
 from curvkit.models import MLP, Decoder
 from curvkit.objectives import Objective
-from curvkit.operators import GGN, CurvatureOperator, Hessian, Preconditioned
+from curvkit.operators import GGN, CurvatureOperator, Hessian, Preconditioned, Scaled
 from curvkit.testing import check_operator
 
 
@@ -58,12 +58,20 @@ def preconditioned(operator: CurvatureOperator) -> Preconditioned:
     return Preconditioned(operator, 0.1 + normal(operator.n, dtype=operator.dtype).square())
 
 
+def scaled(operator: CurvatureOperator) -> Scaled:
+    """With zeros in the scale, and added diagonals of both signs."""
+    scale = normal(operator.n, seed=1, dtype=operator.dtype).clamp(min=0.0)
+    inner, outer = (normal(operator.n, seed=seed, dtype=operator.dtype) for seed in (2, 3))
+    return Scaled(operator, scale, inner=inner, outer=outer)
+
+
 CURVATURE: dict[str, Callable[[Objective], CurvatureOperator]] = {
     "Hessian, retained": lambda objective: Hessian(objective, residency="retained"),
     "Hessian, streamed": lambda objective: Hessian(objective, residency="streamed"),
     "GGN, retained": lambda objective: GGN(objective, residency="retained"),
     "GGN, streamed": lambda objective: GGN(objective, residency="streamed"),
     "GGN, preconditioned": lambda objective: preconditioned(GGN(objective)),
+    "Hessian, scaled": lambda objective: scaled(Hessian(objective)),
 }
 MAPS: dict[str, Callable[[], LinearMap]] = {
     "DenseMap": lambda: DenseMap(rotated(torch.linspace(-1, 5, 40, dtype=torch.float64))),

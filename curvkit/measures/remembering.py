@@ -1,0 +1,99 @@
+"""What a measurement decides once and for all of its runs: seed, plans, sizes; and the operators that follow from that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from curvkit import seeds
+from curvkit.errors import InvalidArgument
+from curvkit.linalg.certificate import OtherArithmetic
+from curvkit.linalg.recorded import recorded
+from curvkit.objectives import Objective
+from curvkit.operators.batchwise import BatchwiseOperator
+from curvkit.operators.plan import Plan
+from curvkit.results import plain
+from curvkit.results.journal import Journal
+
+Operator = TypeVar("Operator", bound=BatchwiseOperator)
+
+
+def settled_seed(journal: Journal, seed: int | None) -> int:
+    """The seed of the run that is gone on with, or a new one.
+
+    Args:
+        journal: Of the measurement.
+        seed: As it was asked for; None for any.
+
+    Returns:
+        The seed.
+
+    Raises:
+        InvalidArgument: If another one was asked for than the run has, or it is out of range.
+    """
+    earlier = journal.fact("seed")
+    if earlier is not None and seed not in (None, earlier):
+        raise InvalidArgument(
+            f"seed={seed} is not that of the run that is resumed, {earlier}. Leave it out, or begin anew in another folder."
+        )
+    return decided(journal, "seed", lambda: seeds.settle(seed))
+
+
+def decided(journal: Journal, name: str, decide: Callable[[], Any]) -> Any:
+    """What an earlier run decided, or else what is decided now.
+
+    Args:
+        journal: Of the measurement.
+        name: Of the decision.
+        decide: Decides; by the memory that is free, for example.
+
+    Returns:
+        Plain values.
+    """
+    earlier = journal.fact(name)
+    if earlier is not None:
+        return earlier
+    made = decide()
+    journal.decide(name, made)
+    return made
+
+
+def in_plan(
+    make: Callable[..., Operator], objective: Objective, journal: Journal, name: str, **options: Any
+) -> Operator:
+    """Make an operator by the plan of an earlier run, so that its products have the same bits, or by a new plan.
+
+    Args:
+        make: Its class.
+        objective: The function.
+        journal: Of the measurement.
+        name: Of the operator.
+        **options: Of `make`, by which a new plan is chosen.
+
+    Returns:
+        The operator. With another number of threads than then its products round in another way.
+    """
+    earlier = journal.fact(f"plan of {name}")
+    if earlier is not None:
+        return make(objective, plan=replace(Plan(**earlier), threads=torch.get_num_threads()))
+    made = make(objective, **options)
+    journal.decide(f"plan of {name}", plain(made.plan))
+    return made
+
+
+def recorded_arithmetic(other: OtherArithmetic, journal: Journal) -> OtherArithmetic:
+    """The same matrix by other arithmetic, with a memory.
+
+    Args:
+        other: The maps.
+        journal: Of the measurement.
+
+    Returns:
+        The maps, whose products are kept.
+    """
+    reference = None if other.reference is None else recorded(other.reference, journal, "reference")
+    perturbed = tuple(recorded(P, journal, f"perturbed {i}") for i, P in enumerate(other.perturbed))
+    return OtherArithmetic(reference, perturbed)

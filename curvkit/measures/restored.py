@@ -1,0 +1,155 @@
+"""Results that were written as a JSON document, read again: to be shown once more, or to be verified."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from curvkit.measures.cross_check_result import CrossCheck
+from curvkit.measures.data_doubt import Halves, Spread
+from curvkit.measures.sharpness_result import Sharpness
+from curvkit.measures.trace_result import Trace, TraceShare
+from curvkit.operators import Plan
+from curvkit.operators.preflight import Preflight
+from curvkit.results import Definition, Eigenpairs, TraceEstimate
+
+
+def sharpness_of(document: Mapping[str, Any]) -> Sharpness:
+    """Read the document of `curvkit sharpness -o` again.
+
+    Args:
+        document: As it was written.
+
+    Returns:
+        The result, without its vectors.
+
+    Raises:
+        KeyError: If something is missing.
+        TypeError: If something is of another kind.
+        ValueError: If something is no number where there must be one.
+    """
+    it, record = document["result"], document["record"]
+    rows = it["eigenvalues"]
+    values, residuals = (
+        torch.tensor([float(row[name]) for row in rows], dtype=torch.float64) for name in ("value", "residual")
+    )
+    pairs = Eigenpairs(
+        values=values,
+        residuals=residuals,
+        converged=torch.tensor([bool(row["converged"]) for row in rows]),
+        vectors=None,
+        recomputed=it["residuals_recomputed"],
+        which=it["quantity"].partition(" ")[0],
+        tolerance=it["tolerance"],
+        scale=float(it["scale"]),
+        asymmetry=0.0,
+        rounding=float(it["rounding"]),
+        products=it["search_products"],
+        upper_bound=it["upper_bound"],
+        lower_bound=it["lower_bound"],
+        confidence=it["bounds_confidence"],
+        multiplicities_below=it["multiplicities_below"],
+        residual_dtype=it["residuals_dtype"],
+        product_error=_number(it["product_error"], math.nan),
+        rounding_measured=it["rounding_measured"],
+        asked=record["run"]["settings"]["search"]["num"],
+    )
+    spread, halves = it["batch_spread"], it["halves"]
+    return Sharpness(
+        eigenpairs=pairs,
+        spread=None
+        if spread is None
+        else Spread(tuple(spread["quotients"]), tuple(spread["weights"]), _number(spread["stderr"], math.nan)),
+        halves=None if halves is None else Halves(tuple(halves["held_out"]), halves["in_sample"]),
+        arithmetic=it["search_dtype"],
+        **_common(it, record),
+    )
+
+
+def trace_of(document: Mapping[str, Any]) -> Trace:
+    """Read the document of `curvkit trace -o` again.
+
+    Args:
+        document: As it was written.
+
+    Returns:
+        The result, without its samples.
+
+    Raises:
+        KeyError: If something is missing.
+        TypeError: If something is of another kind.
+        ValueError: If something is no number where there must be one.
+    """
+    it, record = document["result"], document["record"]
+    found = it["trace"]
+    rounding, unknown = found["rounding"], math.nan
+    estimate = TraceEstimate(
+        value=_number(found["value"], unknown),
+        stderr=_number(found["stderr"], unknown),
+        low=_number(found["low"], -math.inf),
+        high=_number(found["high"], math.inf),
+        confidence=found["confidence"],
+        probes=it["probes"],
+        products=it["search_products"] or 0,
+        method=it["method"],
+        reason=it["reason"],
+        converged=found["converged"],
+        tolerance=it["tolerance"],
+        absolute_tolerance=it["absolute_tolerance"],
+        exact=found["exact"],
+        rank=it["rank"],
+        rounding=None if rounding is None else float(rounding),
+    )
+    return Trace(
+        estimate=estimate,
+        unit=it["unit"],
+        layers=tuple(map(_share, it["layers"])),
+        parameters=tuple(map(_share, it["parameters"])),
+        **_common(it, record),
+    )
+
+
+def _common(it: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    definition, checks, check = it["definition"], it["preflight"], it["cross_check"]
+    return {
+        "definition": Definition(**{name: value for name, value in definition.items() if name != "text"}),
+        "loss": float(it["loss"]),
+        "gradient_norm": float(it["gradient_norm"]),
+        "stage": it["stage"],
+        "plan": Plan(**record["plan"]),
+        "seed": record["seed"],
+        "seconds": it["seconds"],
+        "products": it["products"] or 0,
+        "unused": tuple(it["unused_parameters"]),
+        "notes": tuple(it["notes"]),
+        "preflight": None if checks is None else _preflight(checks),
+        "cross_check": None if check is None else _cross_check(check),
+    }
+
+
+def _share(row: Mapping[str, Any]) -> TraceShare:
+    value, stderr = (_number(row[name], math.nan) for name in ("value", "stderr"))
+    return TraceShare(row["name"], row["kind"], row["parameters"], value, stderr)
+
+
+def _number(value: Any, unknown: float) -> float:
+    """Null stands for what JSON has no number for."""
+    return unknown if value is None else float(value)
+
+
+def _preflight(it: Mapping[str, Any]) -> Preflight:
+    repeatability, asymmetry, mismatch = (
+        _number(it[name], math.nan) for name in ("repeatability", "asymmetry", "mismatch")
+    )
+    return Preflight(it["verdict"], repeatability, asymmetry, {0.0: mismatch}, it["dtype"])
+
+
+def _cross_check(it: Mapping[str, Any]) -> CrossCheck:
+    """Lists were tuples."""
+    known = {field.name: it[field.name] for field in fields(CrossCheck)}
+    known["intervals"] = tuple((low, high) for low, high in it["intervals"])
+    return CrossCheck(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})

@@ -1,0 +1,247 @@
+"""How close an optimizer is to its limit of stability, at a checkpoint, from the state that it was saved with."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from curvkit import seeds
+from curvkit.checkpoints.learning_rates import Rate
+from curvkit.checkpoints.optimizer_state import OptimizerState
+from curvkit.errors import InvalidArgument
+from curvkit.measures.definitions import definition, doubts
+from curvkit.measures.eigenvalues import SharpnessSettings
+from curvkit.measures.frozen_state import NoLimit, common
+from curvkit.measures.scaled_search import largest_between
+from curvkit.measures.sharpness_result import Sharpness
+from curvkit.measures.stability_result import DECAYED, IDLE, RateRatio, Stability, verdict
+from curvkit.measures.updates import Update
+from curvkit.objectives import Objective
+from curvkit.operators import CurvatureOperator
+from curvkit.results import Eigenpairs
+
+
+def stability_steps(
+    objective: Objective,
+    state: OptimizerState,
+    settings: SharpnessSettings | None = None,
+    *,
+    seed: int | None = None,
+    lr: float | None = None,
+    known: Sharpness | None = None,
+) -> Iterator[Stability]:
+    """Measure stability step by step: one partial result after each product, so that a caller can show progress and stop.
+
+    Args:
+        objective: The function.
+        state: Of the optimizer, at these weights.
+        settings: Tolerance, budget and engine, as for sharpness; searched is one eigenvalue, in the precision of the model.
+        seed: Of the random part of the start vector; None draws one and records it.
+        lr: What if: all learning rates multiplied so that the largest is this; None takes those of the state.
+        known: A sharpness of the same objective. For plain SGD with one rule for all parameters nothing more is searched.
+
+    Yields:
+        Partial results, and last the complete one; a single one where there is no limit.
+
+    Raises:
+        InvalidArgument: If a setting or `lr` does not fit.
+        UnsupportedModel: If the objective has no curvature that could be measured.
+        UnknownObjective: If loss and data do not fit.
+        CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
+    """
+    settings, began = settings or SharpnessSettings(), time.perf_counter()
+    if lr is not None and not (math.isfinite(lr) and lr > 0.0):
+        raise InvalidArgument(
+            f"stability: lr={lr!r} must be positive and finite. Pass the largest learning rate of the groups, or None."
+        )
+    rates, label = _rates(state, lr)
+    values = next((rate.values for rate in rates if rate.label == label), rates[0].values)
+    dtype = torch.promote_types(objective.dtype, torch.float32 if settings.rule == "reverse" else torch.float64)
+    update = Update.of(state, objective.parameters, values, dtype=dtype, device=objective.device)
+    if isinstance(update, NoLimit):
+        yield Stability(state.name, update.reason, seconds=time.perf_counter() - began)
+        return
+    found = Stability(state.name, None, "searching", update, reference=label, notes=update.notes)
+    if update.constant and known is not None and _has_largest(known.eigenpairs):
+        found = replace(found, definition=known.definition, seed=known.seed)
+        folded = _folded(known.eigenpairs, update)
+        yield _complete(replace(found, eigenpairs=folded, seconds=time.perf_counter() - began), rates)
+        return
+    seed = seeds.settle(seed)
+    preflight = None if known is not None else settings.checked(objective)
+    operator = settings.operator(objective)
+    start = operator.gradient
+    if isinstance(update.steps, torch.Tensor):
+        start = start * update.steps.sqrt()
+    notes = (*objective.notes, *update.notes, *doubts(preflight))
+    found = replace(found, definition=definition(operator), seed=seed, notes=notes)
+    for pairs in largest_between(
+        operator,
+        _alone if update.constant else update.operator,
+        settings,
+        measure="stability",
+        start=start,
+        seed=seed,
+    ):
+        folded = _folded(pairs, update) if update.constant else pairs
+        found = replace(found, eigenpairs=folded, products=pairs.products, seconds=time.perf_counter() - began)
+        yield found
+    yield _complete(replace(found, notes=(*notes, *operator.notes), seconds=time.perf_counter() - began), rates)
+
+
+def stability(
+    objective: Objective,
+    state: OptimizerState,
+    *,
+    seed: int | None = None,
+    lr: float | None = None,
+    known: Sharpness | None = None,
+    settings: SharpnessSettings | None = None,
+) -> Stability:
+    """Compare the curvature that an optimizer sees with the limit at which its steps would become unstable.
+
+        stable  <=>  lambda_max(F^1/2 (H + C) F^1/2 + W) < 2
+
+    on a quadratic, with the state of the optimizer frozen: lambda_max(H) < 2 / lr for gradient descent, lambda_max(P^-1 H) < 38 / lr for
+    Adam with beta1 = 0.9. It is a limit of full-batch training; for mini-batches it is a heuristic.
+
+    Args:
+        objective: The function.
+        state: Of the optimizer, at these weights; `curvkit.checkpoints.optimizer_state` reads it.
+        seed: Of the random part of the start vector; None draws one and records it.
+        lr: What if: all learning rates multiplied so that the largest is this; None takes those of the state.
+        known: A sharpness of the same objective. For plain SGD with one rule for all parameters nothing more is searched.
+        settings: Tolerance, budget and engine, as for sharpness.
+
+    Returns:
+        Eigenvalue, limit, ratio and verdict, or the reason why there is none.
+
+    Raises:
+        InvalidArgument: If a setting or `lr` does not fit.
+        UnsupportedModel: If the objective has no curvature that could be measured.
+        UnknownObjective: If loss and data do not fit.
+        CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
+
+    Cost: as `sharpness`, without its doubt from the data; nothing for SGD with one rule for all parameters if `known` is given.
+    Source: Cohen et al. (2021), arXiv 2103.00065; Cohen et al. (2022), arXiv 2207.14484. Differs: see `Update`.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> from curvkit.checkpoints.learning_rates import Rate
+        >>> from curvkit.checkpoints.optimizer_state import OptimizerState, ParameterState
+        >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0]])    # H = 2 x x', lambda_max = 10
+        >>> group = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
+        >>> rates = (Rate("current", (0.1,), "lr of the groups"),)
+        >>> state = OptimizerState("SGD", (group,), {"weight": ParameterState(0, {}, {})}, "by hand", True, rates)
+        >>> result = stability(Objective(model, F.mse_loss, [(x, torch.zeros(1, 1))]), state, seed=0)
+        >>> round(result.value, 3), result.limit, round(result.ratio, 3), result.verdict
+        (10.0, 20.0, 0.5, 'below the full-batch limit')
+    """
+    *_, last = stability_steps(objective, state, settings, seed=seed, lr=lr, known=known)
+    return last
+
+
+def _rates(state: OptimizerState, lr: float | None) -> tuple[tuple[Rate, ...], str]:
+    """All rates that are to be shown, and the label of the one that the figures are of."""
+    current = next(rate for rate in state.rates if rate.label == "current")
+    highest = max(state.rates, key=lambda rate: max(rate.values))
+    label = "current" if max(current.values) >= DECAYED * max(highest.values) else highest.label
+    if lr is None:
+        return state.rates, label
+    base = next(rate for rate in state.rates if rate.label == label).values
+    most = max(base)
+    given = Rate("given", tuple(lr * value / most if most > 0.0 else lr for value in base), "as asked")
+    return (*state.rates, given), "given"
+
+
+def _alone(A: CurvatureOperator) -> CurvatureOperator:
+    """Nothing around a matrix."""
+    return A
+
+
+def _has_largest(pairs: Eigenpairs) -> bool:
+    return pairs.recomputed and pairs.which in ("largest", "both")
+
+
+def _folded(pairs: Eigenpairs, update: Update) -> Eigenpairs:
+    """The largest eigenpair of f (H + c) + w from that of H: the same vector, the value stretched and moved."""
+    f, c, w = (float(part) for part in (update.steps, update.coupled, update.decay))
+
+    def moved(value: float | None) -> float | None:
+        return None if value is None else f * (value + c) + w
+
+    return replace(
+        pairs,
+        values=f * (pairs.values[:1] + c) + w,
+        residuals=f * pairs.residuals[:1],
+        converged=pairs.converged[:1],
+        vectors=None if pairs.vectors is None else pairs.vectors[:, :1],
+        scale=f * (pairs.scale + abs(c)) + w,
+        rounding=f * pairs.rounding,
+        asymmetry=f * pairs.asymmetry,
+        upper_bound=moved(pairs.upper_bound),
+        lower_bound=moved(pairs.lower_bound),
+        which="largest",
+        asked=1,
+    )
+
+
+def _complete(result: Stability, rates: Sequence[Rate]) -> Stability:
+    """The last word: ratios of all rates, the mass on idle coordinates, the verdict."""
+    result = replace(result, stage="complete", idle_mass=_idle_mass(result))
+    reference = next(rate for rate in rates if rate.label == result.reference)
+    result = replace(result, rates=tuple(_ratio(rate, reference, result) for rate in rates))
+    said, reason = _verdict(result, rates)
+    return replace(result, verdict=said, reason=reason)
+
+
+def _verdict(result: Stability, rates: Sequence[Rate]) -> tuple[str | None, str | None]:
+    interval, mass = result.ratio_interval, result.idle_mass
+    if interval is None:
+        return None, "no eigenvalue was found"
+    if mass is not None and mass > IDLE:
+        return None, (
+            f"{mass:.0%} of the leading eigenvector lie on coordinates whose second moment is next to nothing, as where there never was a "
+            "gradient: what the optimizer would divide by there changes with its first step"
+        )
+    if result.reference not in ("current", "given"):
+        current = max(next(rate for rate in rates if rate.label == "current").values)
+        return (
+            None,
+            f"the learning rate has decayed to {current:.3g}; the figures are of its {_called(result.reference)}",
+        )
+    return verdict(interval, converged=result.converged)
+
+
+def _idle_mass(result: Stability) -> float | None:
+    """The share of ||u||^2 on idle coordinates, u being the eigenvector of the folded matrix."""
+    if result.update is None or result.eigenpairs is None or result.eigenpairs.vectors is None:
+        return None
+    if result.update.idle is None:
+        return 0.0
+    u = result.eigenpairs.vectors[:, 0].double()
+    return (u[result.update.idle].square().sum() / u.square().sum()).item()
+
+
+def _ratio(rate: Rate, reference: Rate, result: Stability) -> RateRatio:
+    """A rate over the largest stable one, if its groups stand in the proportions that were measured."""
+    largest, measured, interval = max(rate.values), max(reference.values), result.ratio_interval
+    proportions = (
+        [a / largest for a in rate.values] if largest > 0.0 else [],
+        [b / measured for b in reference.values],
+    )
+    same = largest > 0.0 and all(a == b or common([a, b]) is not None for a, b in zip(*proportions, strict=True))
+    if not same or result.ratio is None or interval is None:
+        return RateRatio(rate.label, largest, rate.source, None)
+    factor = largest / measured
+    return RateRatio(
+        rate.label, largest, rate.source, factor * result.ratio, (factor * interval[0], factor * interval[1])
+    )
+
+
+def _called(label: str | None) -> str:
+    return {"initial_lr": "initial value", "peak": "peak"}.get(label or "", str(label))
