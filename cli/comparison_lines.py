@@ -83,7 +83,7 @@ def remarks(result: Comparison, letters: Sequence[str]) -> list[tuple[str, str]]
         ("rule", RULE),
         (
             "lambda_max",
-            "the largest eigenvalue of the Hessian; its interval goes up to the bound above which none lies with probability 99%",
+            "the largest eigenvalue of the Hessian; the interval of a difference is that of both residuals",
         ),
         (
             "adaptive",

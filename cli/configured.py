@@ -61,8 +61,10 @@ class ConfiguredCommand(click.Command):
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            error.message += _origins(ctx, error.message)
-            raise
+            origins = _origins(ctx, error.message)
+            if not origins:
+                raise
+            raise click.UsageError(error.message + origins, ctx) from error
         except CurvkitError as error:
             text = as_typed(error).replace("curvkit sharpness ", f"curvkit {ctx.info_name} ")
             text += _origins(ctx, text)
@@ -135,13 +137,15 @@ def _traced(ctx: click.Context, error: click.BadParameter) -> click.BadParameter
 def _origins(ctx: click.Context, text: str) -> str:
     """Sentences for the options in a text that were not typed: where they are set."""
     found, made = ctx.meta.get(FOUND), ""
-    for option in ctx.command.params:
-        flags = [name for name in option.opts if name.startswith("--") and re.search(rf"(?<![\w-]){name}(?![\w-])", text)]
+    for given in ctx.command.params:
+        flags = [
+            name for name in given.opts if name.startswith("--") and re.search(rf"(?<![\w-]){name}(?![\w-])", text)
+        ]
         if not flags:
             continue
-        flag, source = flags[0], ctx.get_parameter_source(option.name or "")
+        flag, source = flags[0], ctx.get_parameter_source(given.name or "")
         if source is ParameterSource.ENVIRONMENT:
-            made += f" {flag} is set by the variable {variable(option, ctx)}."
+            made += f" {flag} is set by the variable {variable(given, ctx)}."
         elif source is ParameterSource.DEFAULT_MAP and found is not None:
             made += f" {flag} is set in {found.path}."
     return made

@@ -26,6 +26,7 @@ from .commands.init import init
 from .commands.inspect import inspect
 from .commands.sharpness import sharpness
 from .commands.trace import trace
+from .commands.verify import verify
 from .environment import warn_of_unknown
 from .failures import say
 from .interrupts import INTERRUPTED, Interrupted, conclude, watched
@@ -80,6 +81,7 @@ def curvkit() -> None:
 curvkit.add_command(inspect)
 curvkit.add_command(sharpness)
 curvkit.add_command(trace)
+curvkit.add_command(verify)
 curvkit.add_command(compare)
 curvkit.add_command(init)
 curvkit.add_command(demo)

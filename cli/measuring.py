@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from curvkit.resolving.request import Request
 
 NOT_CONVERGED = 5
-MOST_TIED = 4
-"""Groups of tied weights that are named."""
 
 
 class Result(Protocol):
@@ -88,9 +86,6 @@ def _choices(checkpoint: Checkpoint) -> Iterator[str]:
     """What was done with the names and the sets of weights in the file."""
     if checkpoint.removed:
         yield f"{', '.join(checkpoint.removed)} taken from the names of the weights"
-    if checkpoint.tied:
-        more = f"; and {len(checkpoint.tied) - MOST_TIED} more" if len(checkpoint.tied) > MOST_TIED else ""
-        yield f"tied: {'; '.join(' = '.join(names) for names in checkpoint.tied[:MOST_TIED])}{more}"
     if "ema" in checkpoint.variants:
         yield "the weights of the last step; the averaged ones, which are there too, are taken with --ema"
 

@@ -61,13 +61,20 @@ def describe(ctx: click.Context, target: Target, resolved: Resolved) -> dict[str
 def run(ctx: click.Context, target: Target, resolved: Resolved, it: Measurement[Any]) -> dict[str, Any]:
     """What must be the same for a run to be gone on with: all that a number depends on but its seed, its plan and the machine."""
     from curvkit import results
+
+    how = {"measurement": it.name, "settings": it.settings, "cross_check": it.cross_check}
+    return {**ground(ctx, target, resolved), **results.plain(how)}
+
+
+def ground(ctx: click.Context, target: Target, resolved: Resolved) -> dict[str, Any]:
+    """Of which function at which point a number is."""
+    from curvkit import results
     from curvkit.objectives.data import fingerprint
 
     objective, (_, read) = resolved.objective, ctx.meta[READ]
     source = _objective_source(target)
     return results.plain(
         {
-            "measurement": it.name,
             "checkpoint": _digests(read),
             "weights": target.key or ("ema" if target.ema else None),
             "objective": source.get("sha256") or results.without_folders(resolved.source),
@@ -75,8 +82,6 @@ def run(ctx: click.Context, target: Target, resolved: Resolved, it: Measurement[
             "data": [fingerprint(objective.batches), resolved.tokens_digest],
             "parameters": [entry.name for entry in objective.parameters.entries] if target.params else "all",
             "model": {"mode": target.mode, "dtype": str(objective.dtype), "device": str(objective.device)},
-            "settings": it.settings,
-            "cross_check": it.cross_check,
         }
     )
 

@@ -40,8 +40,8 @@ def table(result: Trace, title: str, by: str, color: str) -> None:
     else:
         for (name, _, value, error, share, mean), each in zip(lines, _rows(result, by), strict=True):
             console.print(Text(f" {name}  {counted(each.parameters, 'parameter')}", overflow="fold"))
-            console.print(Text(f"   {value} ± {error}  {share}  {mean} per parameter", overflow="fold"))
-        console.print(Text.assemble(" total  ", total, f" ± {_error(found.stderr)}"))
+            console.print(Text(f"   {value} {_beside(error)}  {share}  {mean} per parameter", overflow="fold"))
+        console.print(Text.assemble(" total  ", total, f" {_beside(_error(found.stderr))}"))
     print_remarks(console, remarks(result))
 
 
@@ -126,6 +126,10 @@ def _shown(value: float, stderr: float) -> str:
 
 def _error(stderr: float) -> str:
     return "exact" if stderr == 0.0 else "?" if math.isnan(stderr) else f"{stderr:.2g}"
+
+
+def _beside(error: str) -> str:
+    return f"± {error}" if error != "exact" else error
 
 
 def _interval(result: Trace) -> str:

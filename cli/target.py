@@ -12,6 +12,7 @@ from curvkit.resolving.config import VARIABLE
 
 from .configured import CONFIG, NO_CONFIG
 from .groups import Command, grouped, option
+from .paths import Existing
 from .values import Assignment, ClassName
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def target(command: Command) -> Command:
     return grouped(
         Target,
         "Model",
-        click.argument("checkpoint", type=click.Path(exists=True, path_type=Path)),
+        click.argument("checkpoint", type=Existing()),
         KEY,
         EMA,
         option(

@@ -111,6 +111,9 @@ def not_scalar():
 def out_of_range():
     return curvkit.Objective(Net(), F.cross_entropy, [(x, y + 5)])
 
+def beyond_the_table():
+    return curvkit.Objective(Net(), nn.MultiMarginLoss(), [(x, y + 5)])
+
 def no_data():
     return curvkit.Objective(Net(), F.cross_entropy, [])
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from curvkit.checkpoints import read
 from curvkit.checkpoints.adapters import read_adapter
 from curvkit.checkpoints.trust import NOTHING
-from curvkit.errors import RefusedCheckpoint
+from curvkit.errors import RefusedCheckpoint, UnknownObjective
 from curvkit.resolving.adapted_models import adapt
 from curvkit.resolving.adapter_settings import exact
 from curvkit.resolving.hugging_face_models import build_hugging_face
@@ -156,6 +156,8 @@ def test_the_expression_would_not_end():
         ({"rank_pattern": {"q_proj": 10**30}}, "asks for the rank a number of many digits"),
         ({"layer_replication": [[0, 2]] * 10**5}, "asks for more layers than the adapter has weights"),
         ({"layer_replication": [[0, "2"]]}, "layer_replication is no list of [start, end]"),
+        ({"layer_replication": 0.5}, "layer_replication is no list of [start, end]"),
+        ({"layer_replication": [3]}, "layer_replication is no list of [start, end]"),
         ({"target_parameters": ["a"], "target_modules": NEVER}, "beside target_parameters, target_modules cannot be"),
         ({"target_parameters": ["a"], "alpha_pattern": {NEVER: 1}}, "beside target_parameters, the pattern"),
         (
@@ -172,6 +174,15 @@ def test_settings_that_are_refused(base: Path, tmp_path: Path, changes: dict[str
         read_back(tmp_path)
     assert said in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "adapter_config.json"))
+
+
+def test_an_adapter_that_cannot_be_called(base: Path, tmp_path: Path):
+    adapted(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), tmp_path)
+    changed(tmp_path, alora_invocation_tokens=3)
+    with pytest.raises(
+        UnknownObjective, match=f"{tmp_path}: a PeftModelForCausalLM cannot be called with tokens alone"
+    ):
+        read_back(tmp_path)
 
 
 def test_weights_of_modules_that_the_base_does_not_have():

@@ -162,6 +162,59 @@ def test_a_base_from_here(path: Path, base: Path, monkeypatch: pytest.MonkeyPatc
     assert found.resolve() == base.resolve()
 
 
+def test_the_order_in_which_a_relative_base_is_looked_for(
+    path: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """PEFT writes what was typed in the project's directory; the adapter may lie deep below it, and the user be elsewhere."""
+    project = tmp_path / "project"
+    deep = Path(shutil.copytree(path, project / "runs" / "one" / "adapter"))
+    changed(deep, lambda config: config.update(base_model_name_or_path="models/llama"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copytree(base, tmp_path / "models" / "llama")
+    assert read_adapter(deep).base == tmp_path / "models" / "llama"
+    (project / ".git").mkdir()
+    said = refusal(deep)  # what lies outside of the repository is not the project's
+    assert (
+        f"from the current directory, {tmp_path / 'elsewhere'}, and from {deep} and the directories above it up to"
+        in said
+    )
+    assert f"up to {project}, and in the cache of downloads." in said
+    for place, noted in [
+        (project, f"(from {project}; there is none in the current directory)"),
+        (project / "runs", f"(from {project / 'runs'}; there is none in the current directory)"),
+        (deep, f"(from {deep}; there is none in the current directory)"),
+        (tmp_path / "elsewhere", f"(from the current directory, {tmp_path / 'elsewhere'})"),
+    ]:
+        (place / "models" / "llama").mkdir(parents=True)  # a directory without a model in it does not count
+        assert read_adapter(deep).base != place / "models" / "llama" if place != project else refusal(deep)
+        shutil.copytree(base, place / "models" / "llama", dirs_exist_ok=True)
+        found = read_adapter(deep)
+        assert found.base is not None
+        assert found.base.resolve() == place / "models" / "llama"
+        assert found.notes[0] == f"base model: {found.base} {noted}"
+
+
+def test_a_home_directory_is_no_project(path: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(base, tmp_path / "llama")
+    changed(path, lambda config: config.update(base_model_name_or_path="llama"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert read_adapter(path).base == tmp_path / "llama"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"and from {path}, and in the cache of downloads" in refusal(path)
+
+
+@pytest.mark.parametrize("named", ["./llama", "../models/llama", "models/of/mine/llama", "models\\llama"])
+def test_what_is_no_name_of_the_hub_is_not_to_be_downloaded(path: Path, named: str):
+    changed(path, lambda config: config.update(base_model_name_or_path=named))
+    said = refusal(path)
+    assert "hf download" not in said
+    assert said.endswith(
+        "Write its directory into the file (base_model_name_or_path), or start in the directory from which it was trained."
+    )
+
+
 def test_a_base_in_the_cache_of_downloads(path: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     model = tmp_path / "hub" / "models--org--llama"

@@ -83,7 +83,10 @@ def test_no_token_that_counts():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda y: y.clamp(0) + V, "10 of 10 targets are no class: 7, .*, where the classes are 0 to 6. Number the classes"),
+        (
+            lambda y: y.clamp(0) + V,
+            "10 of 10 targets are no class: 7, .*, where the classes are 0 to 6. Number the classes",
+        ),
         (lambda y: torch.where(y == -100, -1, y), "1 of 10 targets is no class: -1, where .*ignore_index, here -100"),
         (lambda y: y.int(), "targets of torch.int32 are no indices of classes. Pass int64, for example targets.long"),
     ],

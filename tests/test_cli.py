@@ -433,10 +433,10 @@ def test_a_payload_does_not_run(sharpness: Typed, folder: Path):
             "by the model, the loss or the",
         ),
         (
-            "out_of_range",
+            "beyond_the_table",
             1,
-            "cross_entropy_loss",
-            "IndexError: Target 5 is out of bounds",
+            "multi_margin_loss",
+            "RuntimeError: target out of range",
             "by the model, the loss or the",
         ),
     ],
@@ -452,6 +452,16 @@ def test_a_failure_in_the_users_code(sharpness: Typed, function: str, code: int,
     home = Path(failures.__file__).resolve().parent
     for file in re.findall(r'File "([^"]+)"', err):
         assert not any(Path(file).resolve().is_relative_to(own) for own in (*failures.OWN, home))
+
+
+def test_labels_that_are_no_classes_are_said_to_be(sharpness: Typed):
+    code, out, err = sharpness("ckpt.pt", "--objective", "train.py:out_of_range", "--no-preflight")
+    assert (code, out) == (3, "")
+    assert (
+        "Error: Objective: cross_entropy: 24 of 24 targets are no class: 5, 6, 7, where the classes are 0 to 2. Number"
+        in err
+    )
+    assert "Traceback" not in err
 
 
 def test_packages_that_lie_elsewhere_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -16,11 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from curvkit_cli import render_comparison
 from curvkit_cli.main import run
 from samples import PROGRAM, TRAIN, curvkit, environment, net, truth
 
 import curvkit as library
-from curvkit import Recipe
+from curvkit import Objective, Recipe
+from curvkit.measures import ComparisonSettings
+from curvkit.measures import compare as compare_objectives
 
 OBJECTIVE = ("--objective", "train.py:objective", "--seed", "0")
 MORE = """
@@ -29,20 +33,19 @@ def one_model():
     return curvkit.Objective(SHARED, F.cross_entropy, data)
 
 def random_data():
-    torch.manual_seed(torch.initial_seed() + len(drawn))
-    drawn.append(0)
-    x = torch.randn(24, 4)
+    import time
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(time.time_ns() % 2**31))
     return curvkit.Objective(Net(), F.cross_entropy, [(x, y)])
 
 def slow():
     import time
     class Slow(Net):
         def forward(self, x):
-            time.sleep(0.05)
+            time.sleep(0.02)
             return super().forward(x)
     return curvkit.Objective(Slow(), F.cross_entropy, data)
 
-SHARED, drawn = Net(), []
+SHARED = Net()
 """
 Typed = Callable[..., tuple[int, str, str]]
 
@@ -168,9 +171,7 @@ def test_the_table_fits_every_width(compare: Typed, monkeypatch: pytest.MonkeyPa
     joined = re.sub(r"\s+", " ", out)
     for text in ("lambda_max", "lambda_2", "adaptive sharpness", "distance to A", "verdict", "reference"):
         assert text in joined
-    assert len(re.findall(r"^ *loss  ", out, re.MULTILINE)) == (
-        1 if width >= 80 else 2 if width == 60 else 3 if width == 20 else 2
-    )
+    assert len(re.findall(r"^ *loss  ", out, re.MULTILINE)) == {20: 3, 40: 3, 60: 2, 80: 1, 140: 1}[width]
 
 
 def test_the_table_shows_differences_beneath_their_numbers(compare: Typed, monkeypatch: pytest.MonkeyPatch):
@@ -190,18 +191,23 @@ def test_the_table_shows_differences_beneath_their_numbers(compare: Typed, monke
     assert "equal losses are within 1% of the larger" in joined
 
 
-def test_many_checkpoints_fold_with_the_reference_named(compare: Typed, monkeypatch: pytest.MonkeyPatch):
+def test_many_checkpoints_fold_with_letters_for_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setenv("COLUMNS", "80")
-    names = [f"step-{i}.pt" for i in range(28)]
-    for name in names:
-        shutil.copy("b.pt", name)
-    code, out, _ = compare(
-        "a.pt", *names, *OBJECTIVE, "--format", "table", "-q", "--color", "never", "--no-preflight", "--probes", "2"
-    )
-    assert code == 0
+    x = torch.ones(4, 1)
+    its: dict[str, Objective] = {}
+    for index in range(29):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(model.weight, 1.0 + index)
+        its[f"step-{index}.pt"] = Objective(model, F.mse_loss, [(x, x)])
+    found = compare_objectives(its, probes=2, seed=0, settings=ComparisonSettings(preflight=False))
+    render_comparison.table(found, "", "never")
+    out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    assert re.search(r"^ AC +step-27.pt$", out, re.MULTILINE)
-    assert len(re.findall(r"^ verdict ", out, re.MULTILINE)) > 3
+    assert re.search(r"^ AC +step-28.pt$", out, re.MULTILINE)
+    shown = re.findall(r"^ {20,}([A-Z ]+)$", out, re.MULTILINE)
+    assert " ".join(shown).split() == [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "AA", "AB", "AC"]
 
 
 def test_markdown_renders(compare: Typed):

@@ -164,6 +164,8 @@ def test_sizes_of_models_that_there_are():
         ("llama", {"num_attention_heads": 10**9, "head_dim": 10**9}),
         ("llama", {"intermediate_size": 10**30}),
         ("llama", {"dtype": "os"}),
+        ("llama", {"rms_norm_eps": float("nan")}),
+        ("gpt2", {"layer_norm_epsilon": float("nan")}),
         ("llama", {"rope_parameters": {"rope_type": "evil"}}),
         ("llama", {"hidden_act": "os.system"}),
         ("llama", {"to_dict": 1, "__class__": "x"}),
@@ -183,3 +185,17 @@ def test_a_long_context_by_rotation_is_built(tmp_path: Path):
     """Rotations need no table: a context of millions costs nothing."""
     path = changed(saved(live("llama"), tmp_path / "model"), max_position_embeddings=10_485_760)
     assert build_hugging_face(read(path), NOTHING).context == 10_485_760 > CONTEXT
+
+
+def test_a_way_to_save_memory_is_not_the_model(tmp_path: Path):
+    model = live("bert")
+    path = changed(saved(model, tmp_path / "model"), chunk_size_feed_forward=3)
+    tokens = torch.arange(8)[None]
+    assert torch.equal(
+        build_hugging_face(read(path), NOTHING).model(input_ids=tokens).logits, model(input_ids=tokens).logits
+    )
+
+
+def test_a_context_of_one_token_has_no_later_ones(tmp_path: Path):
+    path = changed(saved(live("llama"), tmp_path / "model"), max_position_embeddings=1)
+    assert build_hugging_face(read(path), NOTHING).context == 1

@@ -213,11 +213,25 @@ def test_a_folder_of_the_cache(tmp_path: Path):
             ("latest", "global_step10/x.pt"),
             "Run its own script, python {}/zero_to_fp32.py {} OUTPUT, and pass what it writes.",
         ),
-        (("mp_rank_00_model_states.pt",), "shards of DeepSpeed, each of which holds a part of the weights."),
+        (
+            ("mp_rank_00_model_states.pt",),
+            "shards of DeepSpeed, each of which holds a part of the weights. Run DeepSpeed's zero_to_fp32.py on their folder, and pass",
+        ),
     ],
 )
 def test_directories_that_are_no_checkpoint(tmp_path: Path, names: tuple[str, ...], text: str):
     assert text.replace("{}", str(tmp_path)) in refusal(made(tmp_path, *names))
+
+
+def test_shards_below_the_script_of_deepspeed(tmp_path: Path):
+    folder = made(tmp_path / "my run", "zero_to_fp32.py", "global_step10/mp_rank_00_model_states.pt")
+    text = f"Run python '{folder}/zero_to_fp32.py' '{folder}' OUTPUT, and pass what it writes."
+    assert text in refusal(folder / "global_step10")
+
+
+def test_a_model_of_onnx(tmp_path: Path):
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x07\x12")
+    assert "a model of ONNX, which is a program. Save the weights" in refusal(tmp_path / "a.onnx")
 
 
 def test_the_script_of_deepspeed_is_never_run(tmp_path: Path):

@@ -117,7 +117,7 @@ def test_states_by_the_names_of_parameters_are_described(path: Path):
 def test_of_several_optimizers_none_is_taken(path: Path):
     """As accelerate numbers them, beside one model."""
     states = [torch.optim.SGD(net().parameters(), lr=lr).state_dict() for lr in (0.5, 0.25)]
-    saved(dict(net().state_dict()), path / "pytorch_model_fsdp_0")
+    saved({"model": net().state_dict()}, path / "pytorch_model_fsdp_0")
     for index, state in enumerate(states):
         saved({"optimizer": state}, path / f"optimizer_{index}")
     found = read(path)

@@ -106,9 +106,7 @@ def test_a_value_of_the_configuration_that_is_refused_is_said_with_the_file(type
         ("CURVKIT_XYZ\x1b[31m", "CURVKIT_XYZ\\x1b[31m, which has no effect\n"),
     ],
 )
-def test_a_variable_that_sets_nothing_is_said_once(
-    typed: Typed, monkeypatch: pytest.MonkeyPatch, name: str, said: str
-):
+def test_a_variable_that_sets_nothing_is_said_once(typed: Typed, monkeypatch: pytest.MonkeyPatch, name: str, said: str):
     monkeypatch.setenv(name, "secret")
     code, _, err = typed("trace", *FAST, "-q", "--plain")
     assert code == 0
@@ -118,9 +116,7 @@ def test_a_variable_that_sets_nothing_is_said_once(
 
 
 @pytest.mark.parametrize("command", ["sharpness", "trace"])
-def test_a_variable_that_sets_something_is_not_warned_of(
-    typed: Typed, monkeypatch: pytest.MonkeyPatch, command: str
-):
+def test_a_variable_that_sets_something_is_not_warned_of(typed: Typed, monkeypatch: pytest.MonkeyPatch, command: str):
     """Of any command, and those that open no door whatever their value."""
     known = ("CURVKIT_TRACE_SEED", "CURVKIT_SHARPNESS_SEED", "CURVKIT_DEMO_STEPS", "CURVKIT_INSPECT_KEY")
     for name in (*known, "CURVKIT_TRUST", "CURVKIT_SHARPNESS_ALLOW"):

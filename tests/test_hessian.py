@@ -258,7 +258,7 @@ def test_the_plan_says_what_was_chosen():
     assert str(retained.plan).startswith("reverse over reverse, retained (")
     assert small(residency="streamed").plan.reason == "as asked"
     assert retained.plan.threads == torch.get_num_threads()
-    assert (retained.plan.dtype, retained.plan.device, retained.plan.attention) == ("float64", "cpu", "math")
+    assert (retained.plan.dtype, retained.plan.device, retained.plan.attention) == ("float64", "cpu", None)
     assert isinstance(choose(CASES["mlp"]().objective()), Plan)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -386,7 +387,7 @@ def test_a_loss_that_couples_rows_is_noted():
 
 
 def test_rows_that_are_parts_of_an_example_are_no_coupled_examples():
-    """Steps of time in dimension 0: each batch is a sequence, and may be one of several."""
+    """Steps of time in dimension 0: each batch is a sequence, and may be one of several; a note says that they belong together."""
 
     class Steps(nn.Module):
         def __init__(self) -> None:
@@ -398,7 +399,26 @@ def test_rows_that_are_parts_of_an_example_are_no_coupled_examples():
 
     with seeded():
         model = Steps().double().eval()
-    assert not Hessian(Objective(model, F.cross_entropy, cut([5, 4], X, Y))).notes
+    (note,) = Hessian(Objective(model, F.cross_entropy, cut([5, 4], X, Y))).notes
+    assert note.startswith(
+        "the rows of a batch belong together and in their order, as steps of time or nodes of a graph do"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_coupled_weakly_are_noted(dtype: torch.dtype):
+    """A penalty on each batch of 3e-3 of its loss: the numbers differ from those of one batch, by as much as is said."""
+    made = CASES["mlp"]()
+    net, x = made.model.to(dtype), X.to(dtype)
+
+    def penalised(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        penalty = sum(p.square().sum() for p in model.parameters())
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum") + 3e-3 * penalty, len(batch[1])
+
+    (note,) = Hessian(Objective(net, BatchLoss(penalised), cut([5, 4], x, Y))).notes
+    assert re.match(
+        r"rows together have another gradient than the same rows apart, by 0.00\d of it: a small penalty on each", note
+    )
 
 
 @pytest.mark.parametrize("sizes", [[1] * 9, [2, 2, 5], [9]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import datetime
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from curvkit_cli import scaffold
+from curvkit_cli.guesses import Guess
 from curvkit_cli.main import run
 from curvkit_cli.scaffold import Found
 from samples import environment, net, truth
@@ -142,6 +144,42 @@ def test_a_refused_checkpoint_writes_nothing(typed: Typed):
     assert (code, out) == (4, "")
     assert "Traceback" not in err
     assert not Path("curvkit_objective.py").exists()
+
+
+def test_a_pickled_model_is_opened_with_trust_alone(typed: Typed):
+    torch.save(net(), "ckpt.pt")
+    code, _, err = typed("init", "ckpt.pt")
+    assert (code, err.endswith("If you trust whoever made it, add --trust.\n")) == (4, True)
+    code, out, err = typed("init", "ckpt.pt", "--trust")
+    assert (code, err, out.splitlines()[-1]) == (0, "", "curvkit sharpness ckpt.pt --trust")
+
+
+def test_paths_among_the_settings_are_shown_as_text(typed: Typed):
+    settings = argparse.Namespace(hidden=6, data=Path("/data/set"), when=datetime.date(2026, 1, 2))
+    torch.save({"model": net().state_dict(), "args": settings}, "ckpt.pt")
+    assert typed("init", "ckpt.pt")[0] == 0
+    written = Path("curvkit_objective.py").read_text()
+    assert "#     hidden = 6\n#     data = '/data/set'\n#     when = datetime.date(...)\n" in written
+    assert "def objective(hidden: int = 6):" in written
+
+
+def test_a_quantised_checkpoint_gets_no_files(typed: Typed):
+    torch.save({name: tensor.to(torch.int8) for name, tensor in net().state_dict().items()}, "ckpt.pt")
+    code, out, err = typed("init", "ckpt.pt")
+    assert (code, out) == (4, "")
+    assert "ckpt.pt: the weight 'inner.weight' is int8: quantised." in err
+    assert not Path("curvkit_objective.py").exists()
+
+
+def test_the_embedding_of_tokens_is_found_behind_those_of_positions():
+    shapes = {
+        "emb.position.weight": (512, 4),
+        "emb.token_type.weight": (2, 4),
+        "emb.word.weight": (64, 4),
+        "c.weight": (3, 4),
+    }
+    assert Guess.of(shapes, "XForSequenceClassification").shape == (64, 4)
+    assert Guess.of({"wpe.weight": (8, 4)}).shape == (8, 4)
 
 
 # ---- a stranger's names and texts --------------------------------------------------------------------------------------

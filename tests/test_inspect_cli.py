@@ -188,7 +188,14 @@ def test_damaged_files(typed: Typed, make: Callable[[Path], Any], text: str, fol
 def test_a_path_that_is_not_there(typed: Typed):
     code, _, err = typed("nothing.pt")
     assert code == 2
-    assert "Path 'nothing.pt' does not exist." in err
+    assert err.endswith("Path 'nothing.pt' does not exist.\n")
+    training()
+    for path, advice in (("ckpts.pt", "There is ckpt.pt."), ("no/ckpt.pt", "")):
+        code, _, err = typed(path)
+        assert code == 2
+        assert err.rstrip().endswith(f"Path '{path}' does not exist. {advice}".rstrip())
+    Path("link.pt").symlink_to("gone.pt")
+    assert typed("link.pt")[2].endswith("Path 'link.pt' does not exist. It is a link to gone.pt, which is not there.\n")
 
 
 def test_a_file_that_may_not_be_read(typed: Typed):
@@ -198,7 +205,12 @@ def test_a_file_that_may_not_be_read(typed: Typed):
         pytest.skip("this user may read everything")
     code, _, err = typed("ckpt.pt")
     assert code == 2
-    assert "Path 'ckpt.pt' is not readable." in err
+    assert "Path 'ckpt.pt' is not readable. Look at its permissions: ls -ld ckpt.pt\n" in err
+    Path("closed").mkdir(mode=0)
+    code, _, err = typed("closed/ckpt.pt")
+    Path("closed").chmod(0o755)
+    assert code == 2
+    assert "/closed may not be entered: look at its permissions, ls -ld " in err
 
 
 # ---- a stranger's names on a terminal --------------------------------------------------------------------------------

@@ -443,26 +443,106 @@ SHORT = LABELS[:4]
             "no class: -100, where the classes are 0 to 4. Targets that are not to count have the value of ignore_index, here -1",
         ),
         (token_cross_entropy, normal(N, T, 3), LANGUAGE, "no class: 3, 4, where the classes are 0 to 2."),
-        (F.cross_entropy, REAL, torch.arange(20).repeat(12)[:12] + 7, "12 of 12 targets are no class: 7, 8, 9, ..., where"),
-        (F.cross_entropy, REAL, LABELS.int(), r"targets are \(12,\) torch.int32: pass .* int64, \(12,\), for example targets.long"),
+        (
+            F.cross_entropy,
+            REAL,
+            torch.arange(20).repeat(12)[:12] + 7,
+            "12 of 12 targets are no class: 7, 8, 9, ..., where",
+        ),
+        (
+            F.cross_entropy,
+            REAL,
+            LABELS.int(),
+            r"targets are \(12,\) torch.int32: pass .* int64, \(12,\), for example targets.long",
+        ),
         (F.cross_entropy, REAL, LABELS.double(), r"\(12,\) torch.float64: pass indices of classes as int64"),
         (F.nll_loss, REAL, SOFT, r"\(12, 5\) torch.float64: pass .* for example targets.argmax\(1\)"),
-        (F.cross_entropy, REAL, BITS.long(), r"\(12, 5\) torch.int64: pass .*argmax\(1\); probabilities are for cross_entropy"),
-        (F.cross_entropy, REAL, LABELS[:, None], r"targets are \(12, 1\) torch.int64: .* for example targets.squeeze\(-1\)"),
-        (F.cross_entropy, REAL, SHORT, r"the model gave \(12, 5\) torch.float64 and the targets are \(4,\) torch.int64"),
-        (F.cross_entropy, normal(N, T, C), LANGUAGE, "pass logits .N, C, T., or use curvkit.losses.token_cross_entropy"),
+        (
+            F.cross_entropy,
+            REAL,
+            BITS.long(),
+            r"\(12, 5\) torch.int64: pass .*argmax\(1\); probabilities are for cross_entropy",
+        ),
+        (
+            F.cross_entropy,
+            REAL,
+            LABELS[:, None],
+            r"targets are \(12, 1\) torch.int64: .* for example targets.squeeze\(-1\)",
+        ),
+        (
+            F.cross_entropy,
+            REAL,
+            SHORT,
+            r"the model gave \(12, 5\) torch.float64 and the targets are \(4,\) torch.int64",
+        ),
+        (
+            F.cross_entropy,
+            normal(N, T, C),
+            LANGUAGE,
+            "pass logits .N, C, T., or use curvkit.losses.token_cross_entropy",
+        ),
         (token_cross_entropy, normal(N, T, C), GRID.double(), "takes one class for each distribution"),
-        (F.cross_entropy, LABELS, LABELS, r"the model gave \(12,\) torch.int64. Let the model return what it computes before"),
-        (F.mse_loss, COMPLEX, COMPLEX, r"mse_loss takes floating-point numbers, but the model gave \(4, 5\) torch.complex128"),
+        (
+            F.cross_entropy,
+            LABELS,
+            LABELS,
+            r"the model gave \(12,\) torch.int64. Let the model return what it computes before",
+        ),
+        (
+            F.mse_loss,
+            COMPLEX,
+            COMPLEX,
+            r"mse_loss takes floating-point numbers, but the model gave \(4, 5\) torch.complex128",
+        ),
         (nn.PoissonNLLLoss(), REAL, COUNTS[:, 0], "poisson_nll_loss compares element by element, but the model gave"),
-        (partial(F.cross_entropy, weight=WEIGHT[:3]), REAL, LABELS, r"does not take what the model gave, .*: weight tensor should"),
-        (F.binary_cross_entropy, REAL, BITS, "binary_cross_entropy does not take .* between 0 and 1. Check the options of the loss"),
+        (
+            partial(F.cross_entropy, weight=WEIGHT[:3]),
+            REAL,
+            LABELS,
+            r"does not take what the model gave, .*: weight tensor should",
+        ),
+        (
+            nn.HuberLoss(),
+            REAL,
+            COUNTS.long(),
+            "targets are .* torch.int64, no floating-point numbers, .* Pass targets.to",
+        ),
+        (
+            nn.BCEWithLogitsLoss(),
+            REAL,
+            BITS.float(),
+            r"of another dtype, .* take together. Pass targets.to\(torch.float64\)",
+        ),
+        (nn.BCELoss(), REAL.sigmoid(), BITS.bool(), "targets are .* torch.bool, no floating-point numbers"),
+        (
+            F.binary_cross_entropy,
+            REAL,
+            BITS,
+            "binary_cross_entropy does not take .* between 0 and 1. Check the options of the loss",
+        ),
     ],
 )
 def test_targets_that_the_loss_does_not_take_are_refused(loss: Any, outputs: Tensor, targets: Tensor, said: str):
     """Torch's own answer is an IndexError or a RuntimeError that names neither shape, and on a GPU the end of the process."""
     with pytest.raises(UnknownObjective, match=f"^Objective: .*{said}"):
         as_loss(loss).terms_of(outputs, targets)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (F.mse_loss, COUNTS.long()),
+        (F.mse_loss, BITS.bool()),
+        (F.l1_loss, COUNTS.int()),
+        (F.smooth_l1_loss, REAL.float()),
+        (F.poisson_nll_loss, COUNTS.int()),
+        (F.soft_margin_loss, SIGNS.long()),
+        (F.multilabel_soft_margin_loss, BITS.long()),
+    ],
+)
+def test_targets_of_another_dtype_where_torch_takes_them(loss: Any, targets: Tensor):
+    """Dense autograd."""
+    check_all_splits(loss, X, targets, None)
 
 
 def test_a_label_that_is_no_class_is_refused_before_anything_is_measured():
@@ -485,9 +565,13 @@ def test_unsigned_labels():
 
 def test_token_cross_entropy_refuses_what_is_no_class():
     logits, targets = normal(1, 2, 3), torch.tensor([[0, 3]])
-    with pytest.raises(InvalidArgument, match="^token_cross_entropy: 1 of 2 targets is no class: 3, where the classes are 0 to 2"):
+    with pytest.raises(
+        InvalidArgument, match="^token_cross_entropy: 1 of 2 targets is no class: 3, where the classes are 0 to 2"
+    ):
         token_cross_entropy(logits, targets)
-    with pytest.raises(InvalidArgument, match="^token_cross_entropy: targets of torch.int32 are no indices of classes. Pass int64"):
+    with pytest.raises(
+        InvalidArgument, match="^token_cross_entropy: targets of torch.int32 are no indices of classes. Pass int64"
+    ):
         token_cross_entropy(logits, targets.int())
 
 
@@ -503,9 +587,15 @@ def test_token_cross_entropy_refuses_what_is_no_class():
             r"Write curvkit.BatchLoss\(fn\), with def fn\(model, batch\): x, y, n, m = batch; losses = ctc_loss\(.*rule='difference'",
         ),
         (F.ctc_loss, r"ctc_loss takes \(log_probs, .*losses / m\).sum\(\), len\(m\)"),
-        (nn.GaussianNLLLoss(), r"GaussianNLLLoss takes \(input, target, var\).*return gaussian_nll_loss\(mean, y, var, reduction='sum'\)"),
+        (
+            nn.GaussianNLLLoss(),
+            r"GaussianNLLLoss takes \(input, target, var\).*return gaussian_nll_loss\(mean, y, var, reduction='sum'\)",
+        ),
         (nn.TripletMarginLoss(), r"takes \(anchor, positive, negative\).*return triplet_margin_loss"),
-        (lambda outputs: outputs.sum(), r"<lambda> takes \(outputs\), .*call the model and the loss, and return a scalar, or"),
+        (
+            lambda outputs: outputs.sum(),
+            r"<lambda> takes \(outputs\), .*call the model and the loss, and return a scalar, or",
+        ),
         (lambda model, x, y: x.sum(), r"takes \(model, x, y\)"),
     ],
 )
@@ -543,7 +633,8 @@ def reordered(outputs: tuple[Tensor, Tensor], targets: Tensor) -> tuple[Tensor, 
 
 def test_a_batch_loss_with_other_arguments_is_refused():
     with pytest.raises(
-        InvalidArgument, match=r"^BatchLoss: own_triple takes \(a, b, c\), but it is called with \(model, batch\). Give it these two"
+        InvalidArgument,
+        match=r"^BatchLoss: own_triple takes \(a, b, c\), but it is called with \(model, batch\). Give it these two",
     ):
         BatchLoss(own_triple)
 
@@ -552,7 +643,8 @@ def own_triple(a: Any, b: Any, c: Any) -> None: ...
 
 
 @pytest.mark.parametrize(
-    "loss", [own, lambda o, t, scale=1.0: own(o, t) * scale, partial(lambda scale, o, t: own(o, t) * scale, 2.0), Scaled()]
+    "loss",
+    [own, lambda o, t, scale=1.0: own(o, t) * scale, partial(lambda scale, o, t: own(o, t) * scale, 2.0), Scaled()],
 )
 def test_a_loss_may_have_more_arguments_with_defaults(loss: Any):
     assert isinstance(as_loss(loss), OtherLoss)
@@ -562,7 +654,9 @@ def test_a_pair_with_a_name_for_the_loss_is_not_taken_for_a_count():
     """Torch's adaptive softmax returns (output, loss); of one row both are single numbers."""
     with seeded(0):
         loss = nn.AdaptiveLogSoftmaxWithLoss(C, 6, cutoffs=[3]).double()
-    with pytest.raises(UnknownObjective, match="AdaptiveLogSoftmaxWithLoss returned a _?ASMoutput; it must return a scalar"):
+    with pytest.raises(
+        UnknownObjective, match="AdaptiveLogSoftmaxWithLoss returned a _?ASMoutput; it must return a scalar"
+    ):
         as_loss(loss).terms_of(normal(1, C), torch.tensor([1]))
 
 

@@ -126,8 +126,7 @@ def test_definition_loss_and_gradient():
     assert found.loss == pytest.approx(exact.loss, rel=1e-12)
     assert found.gradient_norm == pytest.approx(torch.linalg.vector_norm(exact.gradient).item(), rel=1e-12)
     assert str(found.definition) == (
-        "Hessian of cross_entropy, mean over 24 terms · 24 examples in 2 batches · 51 parameters · train mode · float64 · "
-        "math attention"
+        "Hessian of cross_entropy, mean over 24 terms · 24 examples in 2 batches · 51 parameters · train mode · float64"
     )
     assert found.eigenpairs.space is not None
     assert found.eigenpairs.space.names == ("inner.weight", "inner.bias", "outer.weight", "outer.bias")

@@ -208,7 +208,8 @@ def test_a_text_needs_a_tokenizer_and_a_pickle_is_not_opened(tmp_path: Path):
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{tmp_path / 'val.txt'} is text, and there is no tokenizer to make tokens of it."
     assert lines[2] == f"           {tmp_path / 'meta.pkl'}, a pickle, which is not opened: that could run code"
-    assert lines[4].startswith("  do one   --data data/.../val.bin    the ids that nanoGPT's prepare.py wrote")
+    command = f"curvkit sharpness {tmp_path / 'ckpt.pt'} --data val.bin"
+    assert lines[4] == f"  do one   {command}    the ids that nanoGPT's prepare.py wrote for its training"
     with pytest.raises(UnknownObjective) as caught:
         resolve(checkpoint)
     lines = str(caught.value).splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 from collections.abc import Callable
@@ -215,6 +216,8 @@ def test_quantised_weights_have_no_next(typed: Typed, dtype: torch.dtype, kind: 
         save_file(state, path if kind == "safetensors" else "q/model.safetensors")
     name = str(dtype).removeprefix("torch.")
     assert refusal(typed, path).startswith(f"it is not read: the weight 'inner.weight' is {name}: quantised. Quantised")
+    if dtype is not torch.int8:
+        return
     Path("train.py").write_text("from samples import TRAIN\nexec(TRAIN)\n")
     code, _, err = typed("sharpness", path, "--objective", "train.py:objective")
     assert code == 4, err
@@ -224,6 +227,19 @@ def test_quantised_weights_have_no_next(typed: Typed, dtype: torch.dtype, kind: 
 def test_buffers_of_bytes_are_no_quantised_weights(typed: Typed):
     torch.save({**net().state_dict(), "mask": torch.ones(3, 3, dtype=torch.uint8)}, "ckpt.pt")
     assert following(typed, "ckpt.pt") == "curvkit init ckpt.pt"
+
+
+def test_a_file_out_of_a_directory_leads_to_the_directory(typed: Typed):
+    from safetensors.torch import save_file
+
+    Path("my model").mkdir()
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors"):
+        save_file(net().state_dict(), f"my model/{name}")
+    assert following(typed, "my model/model.safetensors") == "curvkit init 'my model/model.safetensors'"
+    assert following(typed, "my model/model-00001-of-00002.safetensors") == "curvkit inspect 'my model'"
+    Path("my model/config.json").write_text("{}")
+    assert following(typed, "my model/model.safetensors") == "curvkit inspect 'my model'"
+    assert following(typed, "my model") == "curvkit init 'my model'"
 
 
 def test_a_path_like_an_option(typed: Typed):
@@ -239,6 +255,17 @@ def test_what_was_chosen_is_typed_again(typed: Typed):
     assert "Say which one is meant, for example --key 'a b'\n" in typed("inspect", "gan.pt")[1]
     code, out, _ = typed(*shlex.split(command)[1:])
     assert (code, "next\tcurvkit init gan.pt --key 'a b'\n" in out) == (0, True)
+
+
+def test_commands_in_errors_keep_what_was_chosen(typed: Typed):
+    torch.save({"a b": net().state_dict(), "c": net().state_dict(), "x": argparse.Namespace()}, "gan two.pt")
+    code, _, err = typed("sharpness", "gan two.pt", "--key", "a b", "--allow", "samples.Net")
+    assert code == 3
+    for command in ("init", "sharpness"):
+        assert f" curvkit {command} 'gan two.pt' --key 'a b' --allow samples.Net  " in err.replace(" --objective", "  ")
+    code, _, err = typed("sharpness", "gan two.pt", "--key", "a b", "--data", "val.txt")
+    assert code == 2
+    assert err.endswith("To have one written, to fill in: curvkit init 'gan two.pt' --key 'a b'\n")
 
 
 def test_the_plain_form_has_it():

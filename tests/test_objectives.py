@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -825,7 +826,9 @@ class Scripted(nn.Linear):
 def test_autocast_inside_torchscript_is_refused_by_name():
     x, y = normal(6, 3, dtype=torch.float32), classes(6, num=2)
     inner = torch.jit.script(Scripted(3, 2))
-    with pytest.raises(UnsupportedModel, match=r"Objective: 1 is TorchScript with torch.autocast inside, which computes in lower"):
+    with pytest.raises(
+        UnsupportedModel, match=r"Objective: 1 is TorchScript with torch.autocast inside, which computes in lower"
+    ):
         Objective(nn.Sequential(nn.Identity(), inner), F.cross_entropy, [(x, y)]).value()
     with pytest.raises(UnsupportedModel, match="Objective: the model is TorchScript with torch.autocast inside"):
         Hessian(Objective(inner, F.cross_entropy, [(x, y)]))
@@ -925,6 +928,48 @@ def test_what_cannot_be_copied_is_shared():
     assert next(it.copied().model.parameters()).data_ptr() != next(locked.parameters()).data_ptr()
     assert preflight(it).verdict == "right"
     assert DifferenceHessian(it).loss == pytest.approx(it.value(), rel=1e-6)
+
+
+class Turned(nn.Module):
+    """Holds a view of a parameter, which lies behind others in one storage."""
+
+    def __init__(self, *, gaps: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(4, 3)
+        flat = nn.utils.parameters_to_vector(self.parameters()).detach()
+        nn.utils.vector_to_parameters(flat, self.parameters())
+        if gaps:
+            self.last.weight = nn.Parameter(normal(3, 6)[:, :4])
+        self.turned = self.last.weight.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x))[:, :4] @ self.turned
+
+
+def test_a_view_of_a_parameter_inside_a_larger_storage_is_that_of_the_copy():
+    """Dense autograd in float64 of the same function without the view."""
+    with seeded():
+        turned = Turned()
+    assert turned.turned.storage_offset() == 25
+    first, weight = deepcopy(turned.first).double(), turned.last.weight.detach().double()
+
+    def loss(weight: Tensor) -> Tensor:
+        return F.cross_entropy(torch.tanh(first(X.double()))[:, :4] @ weight.t(), Y)
+
+    it = Objective(turned, F.cross_entropy, [(X, Y)], parameters=["last.weight"]).converted(dtype=torch.float64)
+    truth = torch.autograd.functional.hessian(loss, weight).view(12, 12)
+    assert relative(Hessian(it).matmat(torch.eye(12).double()), truth) <= 1e-12
+    assert it.value() == pytest.approx(loss(weight).item(), rel=1e-12)
+
+
+def test_a_view_that_a_copy_cannot_have_is_refused():
+    """The parameter has gaps between its rows, and its copy none."""
+    with seeded():
+        it = Objective(Turned(gaps=True), F.cross_entropy, [(X, Y)]).copied()
+    with pytest.raises(
+        UnknownObjective, match="uses the parameter 'last.weight' .* by a tensor that the model computed earlier and"
+    ):
+        it.gradient()
 
 
 def test_what_holds_parameters_and_cannot_be_copied_is_named():

@@ -141,6 +141,8 @@ def test_exact_trace_and_shares(name: str):
     pieces = diagonal.split([share.parameters for share in found.parameters])
     assert [share.value for share in found.parameters] == pytest.approx([p.sum().item() for p in pieces], abs=1e-12)
     assert (found.estimate.exact, found.estimate.converged, found.products) == (True, True, 0)
+    assert found.by_structure
+    assert (found.to_dict()["products"], found.to_dict()["by_structure"]) == (None, True)
     assert "a piecewise linear network: the trace is that of the GGN" in found.estimate.reason
 
 

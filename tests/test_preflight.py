@@ -367,6 +367,18 @@ def test_the_summary_says_what_was_seen():
     assert "two products with the same vector differ by 5e-01; no known construct was found" in str(unsteady)
 
 
+def test_the_summary_as_plain_values():
+    """Everything that the sentence rests on, and null for a reason that there is not."""
+    found = preflight(Objective(made(lambda: Around(Applying(DetachedSine), 6)), F.cross_entropy, [few()])).to_dict()
+    assert set(found) == {
+        "verdict", "repeatability", "asymmetry", "mismatch", "dtype", "suspects", "disagreeing", "estimated", "reason", "fixed",
+    }  # fmt: skip
+    assert (found["verdict"], found["reason"], found["estimated"], found["fixed"]) == ("wrong", None, [], [])
+    assert found["disagreeing"][0].startswith("first.")
+    fixed = Preflight("right", 0.0, 0.0, {}, "float64", fixed=(("embedding.weight", 0),), reason="no copy").to_dict()
+    assert (fixed["fixed"], fixed["reason"]) == (["embedding.weight[0]"], "no copy")
+
+
 # ---- whole architectures --------------------------------------------------------------------------------------------
 
 

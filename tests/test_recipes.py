@@ -322,6 +322,21 @@ def test_a_model_in_float64_is_measured_in_float64(tmp_path: Path):
     assert found.value() == live.value()
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("data", [torch.bfloat16, torch.float16, torch.float64])
+def test_data_of_another_precision_is_computed_in_that_of_the_model(
+    tmp_path: Path, weights: torch.dtype, data: torch.dtype
+):
+    """Oracle: the value of the live model in float32 on the same numbers."""
+    model, x = mlp().to(weights), X.to(data)
+    path = save(tmp_path / "ckpt.pt", model=model, recipe=recipe(batch={"x": x, "y": Y}))
+    found = resolve(read(path))
+    assert f"data in {str(data).removeprefix('torch.')}, computed in float32" in found.notes
+    assert found.objective.value() == pytest.approx(F.cross_entropy(model.float()(x.float()), Y).item(), rel=1e-6)
+    path = save(tmp_path / "same.pt", model=mlp(), recipe=recipe())
+    assert not any("computed in" in note for note in resolve(read(path)).notes)
+
+
 def test_what_a_model_cannot_hold_is_said(tmp_path: Path):
     model = nn.Linear(2, 2)
     notes = fit(model, {name: tensor.double() + 1e-12 for name, tensor in model.state_dict().items()}, "a.pt")

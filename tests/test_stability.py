@@ -20,8 +20,9 @@ from curvkit.checkpoints.optimizer_state import OptimizerState, optimizer_state
 from curvkit.errors import InvalidArgument, UnsupportedModel
 from curvkit.linalg import lanczos
 from curvkit.measures import SharpnessSettings, sharpness
+from curvkit.measures.limit_verdict import verdict
 from curvkit.measures.stabilities import stability, stability_steps
-from curvkit.measures.stability_result import largest_stable, verdict
+from curvkit.measures.stability_result import largest_stable
 from curvkit.models import MLP
 from curvkit.objectives import Objective
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES
-from oracles import classes, normal, relative, seeded
+from oracles import classes, dense, normal, relative, seeded
 from test_preflight import Applying, DetachedSine, OnceSine, Sine
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -307,6 +307,43 @@ def test_torchscript_is_measured_from_end_to_end(make: Callable[[nn.Module], Any
     got = sharpness(Objective(make(eager), F.cross_entropy, data), seed=0)
     assert got.value == pytest.approx(expected.value, rel=1e-5)
     assert got.eigenpairs.residual_dtype == expected.eigenpairs.residual_dtype == "float64"
+
+
+KEPT = F.embedding, torch.embedding
+
+
+class Finding(nn.Module):
+    """A look-up whose gradient is sparse, by a function."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.table, self.head, self.way = nn.Parameter(normal(6, 4)), nn.Linear(4, 3), way
+
+    def forward(self, index: Tensor) -> Tensor:
+        sparse: Any = {
+            "F.embedding": lambda: F.embedding(index, self.table, sparse=True),
+            "imported": lambda: KEPT[0](index, self.table, None, None, 2.0, False, True),
+            "torch's own": lambda: KEPT[1](self.table, index, sparse=True),
+            "gather": lambda: torch.gather(self.table, 0, index[:, None].expand(-1, 4), sparse_grad=True),
+            "dense": lambda: self.table[index],
+        }[self.way]
+        return self.head(torch.tanh(sparse()))
+
+
+@pytest.mark.parametrize("way", ["F.embedding", "imported", "torch's own", "gather"])
+def test_look_ups_with_sparse_gradients(way: str):
+    """Dense autograd of the same look-up by indexing."""
+    data = [(classes(5, num=6), classes(5, num=3)), (classes(3, num=6, seed=1), classes(3, num=3, seed=1))]
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    truth = dense(made(lambda: Finding("dense")), lambda call: F.cross_entropy(call(x), y))
+    it = Objective(made(lambda: Finding(way)), F.cross_entropy, data)
+    assert relative(it.gradient(), truth.gradient) <= 1e-14
+    for make, allowed in ((Hessian, 1e-14), (DifferenceHessian, 1e-8)):  # differences keep about 1e-11
+        H = make(it)
+        assert relative(H.gradient, truth.gradient) <= 1e-14
+        assert relative(H.matmat(torch.eye(H.n, dtype=torch.float64)), truth.hessian) <= allowed
+    assert preflight(it).verdict == "right"
+    assert (F.embedding, torch.embedding) == KEPT
 
 
 def test_hooks_are_removed_when_the_model_raises():

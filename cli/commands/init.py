@@ -14,6 +14,7 @@ from curvkit.errors import RefusedCheckpoint
 from .. import scaffold
 from ..failures import harmless
 from ..guesses import printable
+from ..paths import Existing
 from ..scaffold import CONFIG, OBJECTIVE, Found
 from ..target import ALLOW, EMA, KEY, TRUST
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("checkpoint", type=Existing())
 @KEY
 @EMA
 @ALLOW

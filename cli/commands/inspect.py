@@ -8,11 +8,12 @@ import click
 
 from .. import render, render_inspection
 from ..output import COLOR, FORMAT, JSON, PLAIN
+from ..paths import Existing
 from ..target import EMA, KEY
 
 
 @click.command()
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=Existing())
 @KEY
 @EMA
 @FORMAT

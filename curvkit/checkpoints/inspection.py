@@ -15,6 +15,7 @@ from curvkit.checkpoints.detection import CODE, Detected, detect
 from curvkit.checkpoints.directory_inspection import as_stored, of_directory, references
 from curvkit.checkpoints.inspected import Inspection
 from curvkit.checkpoints.layouts import WEIGHT_KEYS, Layout, interpret
+from curvkit.checkpoints.loose_files import described_by, part_of
 from curvkit.checkpoints.needs import need, next_step
 from curvkit.checkpoints.optimizer_summary import optimizer_summary
 from curvkit.checkpoints.places import check_places, tied
@@ -77,7 +78,13 @@ def _safetensors(found: Detected, key: str | None, ema: bool) -> Inspection:
     checksum = f"none: {safetensors_file.NO_CHECKSUM}"
     described = Inspection(found.path, "safetensors file", found.bytes, checksum, notes=notes)
     described = replace(described, kind="safetensors file", groups=(group_of("model", layout.weights),))
-    return _with_layout(described, layout, weight_options(key, ema))
+    described = _with_layout(described, layout, weight_options(key, ema))
+    part, hint = part_of(found.path), described_by(found.path)
+    if part is not None:
+        return replace(described, refusal=part, next=command_line("inspect", found.path.parent))
+    if hint is not None and described.refusal is None:
+        return replace(described, notes=(*described.notes, hint), next=command_line("inspect", found.path.parent))
+    return described
 
 
 def _torch_file(found: Detected, skeleton: Skeleton, key: str | None, ema: bool) -> Inspection:
@@ -95,7 +102,7 @@ def _torch_file(found: Detected, skeleton: Skeleton, key: str | None, ema: bool)
         known = explained(names)
         what = f"it holds {known}." if known else f"it {references(names)}. {SAVE}"
         module = any(".nn.modules." in name for name in names)
-        what += " If you trust whoever made it, it can be measured with --trust." if module else ""
+        what += f" If you trust whoever made it: {command_line('init', path, '--trust')}" if module else ""
         return replace(described, kind="pickled model" if module else described.kind, refusal=what)
     try:
         layout = interpret(path, skeleton.content, key=key, ema=ema)

@@ -99,7 +99,7 @@ def _peak(groups: Sequence[Mapping[str, Any]], schedule: Mapping[str, Any]) -> R
         ("learning_rate", "learning_rate of nanoGPT's config"),
         ("logged_learning_rate", "the highest learning_rate in trainer_state.json"),
     ):
-        value = schedule.get(key)
+        value: Any = schedule.get(key)
         alike = len({group.get("initial_lr", group["lr"]) for group in groups}) == 1
         if alike and _is_rate(value):
             return Rate("peak", (float(value),) * len(groups), source)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from curvkit.checkpoints.documents import brief
 
 HARMLESS = frozenset(
     {
         *("params", "param_names", "foreach", "fused", "capturable", "differentiable", "maximize"),
-        *("decoupled_weight_decay", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"),
+        *(
+            "decoupled_weight_decay",
+            "initial_lr",
+            "max_lr",
+            "min_lr",
+            "base_momentum",
+            "max_momentum",
+            "swa_lr",
+            "lr_scale",
+        ),
     }
 )
 """In groups beside the hyperparameters of a class: how it is computed, and what schedules of the learning rate write there."""
@@ -40,8 +45,6 @@ GROUP_MARKS = (
     (("clip_threshold",), "the optimizer is Adafactor, whose limit is not known"),
 )
 """The same by keys in the groups."""
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta")
-"""What cannot be negative."""
 
 
 class Unusable(Exception):
@@ -90,8 +93,18 @@ def _words(text: str) -> frozenset[str]:
 
 ADAM = "Adam or AdamW"
 KINDS = (
-    Kind("SGD", _words("lr momentum dampening weight_decay nesterov"), numbers=_words(""), optional=_words("momentum_buffer")),
-    Kind(ADAM, _words("lr betas eps weight_decay amsgrad"), _words("exp_avg exp_avg_sq"), optional=_words("max_exp_avg_sq")),
+    Kind(
+        "SGD",
+        _words("lr momentum dampening weight_decay nesterov"),
+        numbers=_words(""),
+        optional=_words("momentum_buffer"),
+    ),
+    Kind(
+        ADAM,
+        _words("lr betas eps weight_decay amsgrad"),
+        _words("exp_avg exp_avg_sq"),
+        optional=_words("max_exp_avg_sq"),
+    ),
     Kind(
         "NAdam",
         _words("lr betas eps weight_decay momentum_decay"),
@@ -99,7 +112,12 @@ KINDS = (
         _words("step mu_product"),
     ),
     Kind("RAdam", _words("lr betas eps weight_decay decoupled_weight_decay"), _words("exp_avg exp_avg_sq")),
-    Kind("Adamax", _words("lr betas eps weight_decay"), _words("exp_avg exp_inf"), absent=_words("decoupled_weight_decay")),
+    Kind(
+        "Adamax",
+        _words("lr betas eps weight_decay"),
+        _words("exp_avg exp_inf"),
+        absent=_words("decoupled_weight_decay"),
+    ),
     Kind(
         "RMSprop",
         _words("lr momentum alpha eps centered weight_decay"),
@@ -182,56 +200,6 @@ def class_name(kind: Kind, groups: Sequence[Mapping[str, Any]], said: str | None
     return said if said in ("Adam", "AdamW") else ADAM
 
 
-def check_hyperparameters(kind: Kind, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse values that the class would not have taken.
-
-    Args:
-        kind: The class.
-        groups: With plain hyperparameters.
-
-    Raises:
-        Unusable: Naming the first such value.
-    """
-    for index, group in enumerate(groups):
-        for name in sorted(kind.hyperparameters):
-            if not _allowed(name, group[name]):
-                raise Unusable(f"{name} of the optimizer's group {index} is {brief(group[name])}, which is not possible")
-        if group.get("maximize", False) is not False:
-            raise Unusable("the optimizer climbs (maximize=True)")
-
-
-def check_entry(kind: Kind, name: str, entry: Mapping[str, Any], group: Mapping[str, Any]) -> None:
-    """Refuse the state of one parameter that no run could have left.
-
-    Args:
-        kind: The class.
-        name: Of the parameter, for the reason.
-        entry: Its state, with tensors and numbers.
-        group: Its hyperparameters.
-
-    Raises:
-        Unusable: If a moment is NaN, infinite or negative, the step is no count, or something is missing.
-
-    Cost: one pass over its tensors.
-    """
-    for key in sorted(kind.numbers):
-        value = entry[key]
-        if not _is_number(value) or (key == "step" and not value >= 1):
-            raise Unusable(f"{key} of {brief(name)} is {brief(value)} in the optimizer's state: no step was taken")
-    if group.get("amsgrad") is True and "max_exp_avg_sq" not in entry:
-        raise Unusable(f"max_exp_avg_sq of {brief(name)} is missing in the optimizer's state, though amsgrad=True")
-    for key in sorted(kind.tensors | kind.optional):
-        value = entry.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.dtype.itemsize == 1:
-            raise Unusable(f"{key} of {brief(name)} is {_type(value)} in the optimizer's state, not a tensor of floats")
-        if value.numel() and not bool(torch.isfinite(value).all()):
-            raise Unusable(f"{key} of {brief(name)} has NaN or infinite entries: the run had diverged")
-        if key in SECOND_MOMENTS and value.numel() and bool((value < 0).any()):
-            raise Unusable(f"{key} of {brief(name)} has negative entries, which a mean of squares cannot have")
-
-
 def _state(kind: Kind) -> frozenset[str]:
     return kind.tensors | kind.numbers | kind.optional
 
@@ -246,25 +214,7 @@ def _difference(kind: Kind, entries: Collection[Mapping[str, Any]]) -> str:
     return f"it has {_listed(more)}" if more else "the checkpoint names another class"
 
 
-def _allowed(name: str, value: Any) -> bool:
-    if name in ("nesterov", "amsgrad", "centered", "decoupled_weight_decay"):
-        return isinstance(value, bool)
-    if name == "betas":
-        return isinstance(value, tuple) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
-    if not _is_number(value):
-        return False
-    if name in ("momentum", "alpha", "rho"):
-        return 0 <= value <= 1
-    return name == "dampening" or value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _type(value: Any) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
 def _listed(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(brief(name) for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(brief(name) for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )

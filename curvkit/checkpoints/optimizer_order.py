@@ -101,8 +101,10 @@ def by_position(groups: Sequence[Sequence[Shape | None]], decays: Sequence[float
     """
     trained = sum(map(len, groups))
     if trained > len(own):
-        raise Unusable(f"the optimizer's state is of another model: it trains {trained} parameters, the model has {len(own)}")
-    _refuse_foreign([shape for group in groups for shape in group], own)
+        raise Unusable(
+            f"the optimizer's state is of another model: it trains {trained} parameters, the model has {len(own)}"
+        )
+    refuse_foreign([shape for group in groups for shape in group], own)
     found: dict[tuple[tuple[str, ...], ...], Order] = {}
     for source, pools in _groupings(groups, decays, own, kind):
         if source == SORTED and found:
@@ -112,15 +114,37 @@ def by_position(groups: Sequence[Sequence[Shape | None]], decays: Sequence[float
             names = tuple(place for place in placed if place is not None)
             sure = all(_sure(pool, group, own) for pool, group in zip(pools, groups, strict=True))
             found.setdefault(names, Order(names, source, sure, sure or decays[0] != decays[1]))
-    flat = _placed(tuple(own), [shape for group in groups for shape in group], own)
-    if flat is not None:
+    wanted = [shape for group in groups for shape in group]
+    flat = _placed(tuple(own), wanted, own)
+    if flat is not None and not (found and all(shape is None for shape in wanted)):  # without shapes any division fits
         rest = iter(flat)
         names = tuple(tuple(next(rest) for _ in group) for group in groups)
-        sure = _sure(tuple(own), [shape for group in groups for shape in group], own)
+        sure = _sure(tuple(own), wanted, own)
         found.setdefault(names, Order(names, MODULE, sure, sure or len(groups) == 1))
     if len(found) == 1:
         return next(iter(found.values()))
     raise Unusable(_unclear(groups, own, [order.source for order in found.values()]))
+
+
+def refuse_foreign(wanted: Iterable[Shape | None], own: Shapes) -> None:
+    """Refuse shapes that a model has not, or not so often.
+
+    Args:
+        wanted: Of the states of parameters; None where a state does not show it.
+        own: Of the model's parameters.
+
+    Raises:
+        Unusable: Naming the first such shape.
+
+    Example:
+        >>> refuse_foreign([(2, 2)], {"w": (2, 2)})
+    """
+    there = Counter(own.values())
+    for shape, count in Counter(shape for shape in wanted if shape is not None).items():
+        if count > there[shape]:
+            raise Unusable(
+                f"the optimizer's state is of another model: of the shape {shape} it has {count}, the model {there[shape] or 'none'}"
+            )
 
 
 def _renamings(names: Sequence[str], wanted: Mapping[str, str]) -> Iterable[Sequence[str]]:
@@ -157,7 +181,7 @@ def _groupings(
     norms = _norms(own)
     old = {name for name in own if "bias" in name} | norms
     rules: list[tuple[str, set[str]]] = [(TRAINER, named | norms), (TRAINER, named), (TRAINER, old)]
-    rules.insert(len(rules) if kind.startswith("Hugging Face") else 0, (DIMENSIONS, vectors))
+    rules.insert(len(rules) if kind.startswith(("Hugging Face", "PEFT")) else 0, (DIMENSIONS, vectors))
     made = [(source, (_without(own, less), _only(own, less))) for source, less in rules]
     ordered = dict(sorted(own.items()))
     return [*made, (SORTED, (_without(ordered, vectors), _only(ordered, vectors)))]
@@ -172,7 +196,10 @@ def _norms(own: Shapes) -> set[str]:
     return {
         f"{prefix}.weight"
         for prefix, held in layers.items()
-        if prefix and len(held.get("weight", ())) == 1 and set(held) <= {"weight", "bias"} and len(set(held.values())) == 1
+        if prefix
+        and len(held.get("weight", ())) == 1
+        and set(held) <= {"weight", "bias"}
+        and len(set(held.values())) == 1
     }
 
 
@@ -205,21 +232,12 @@ def _sure(pool: Sequence[str], wanted: Sequence[Shape | None], own: Shapes) -> b
     return all(shape is not None and there[shape] == 1 for shape in wanted)
 
 
-def _refuse_foreign(wanted: Sequence[Shape | None], own: Shapes) -> None:
-    """Refuse shapes that the model has not, or not so often."""
-    there = Counter(own.values())
-    for shape, count in Counter(shape for shape in wanted if shape is not None).items():
-        if count > there[shape]:
-            has = f"{there[shape]} of that shape" if there[shape] else "none"
-            raise Unusable(
-                f"the optimizer's state is of another model: it has {_times(count)} the shape {shape}, the model has {has}"
-            )
-
-
 def _unclear(groups: Sequence[Sequence[Shape | None]], own: Shapes, fitting: Sequence[str]) -> str:
     trained = sum(map(len, groups))
     if len(fitting) > 1:
-        return f"more than one order of parameters fits the optimizer's state ({'; '.join(fitting)}), and it has no names"
+        return (
+            f"more than one order of parameters fits the optimizer's state ({'; '.join(fitting)}), and it has no names"
+        )
     if trained < len(own):
         return f"the optimizer trains {trained} of the model's {len(own)} parameters, and which ones is not known: it has no names"
     if len(groups) > 1:
@@ -233,8 +251,3 @@ def _only(own: Iterable[str], names: set[str]) -> tuple[str, ...]:
 
 def _without(own: Iterable[str], names: set[str]) -> tuple[str, ...]:
     return tuple(name for name in own if name not in names)
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
-

@@ -12,12 +12,11 @@ from torch import Tensor
 from curvkit.checkpoints.checkpoint import Checkpoint
 from curvkit.checkpoints.documents import brief
 from curvkit.checkpoints.learning_rates import Rate, rates
-from curvkit.checkpoints.optimizer_kinds import Kind, Unusable, check_entry, check_hyperparameters, class_name, kind_of
-from curvkit.checkpoints.optimizer_order import Order, Shapes, by_names, by_position
+from curvkit.checkpoints.optimizer_entries import Held, plain_number
+from curvkit.checkpoints.optimizer_kinds import Kind, Unusable, class_name, kind_of
+from curvkit.checkpoints.optimizer_numbers import check_entry, check_hyperparameters
+from curvkit.checkpoints.optimizer_order import Order, Shapes, by_position, refuse_foreign
 from curvkit.errors import InvalidArgument
-
-LONGEST = 16
-"""Numbers that a hyperparameter may have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +114,11 @@ def optimizer_state(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) ->
 def _found(checkpoint: Checkpoint, own: Shapes) -> OptimizerState:
     raw = checkpoint.optimizer
     if raw is None:
-        said = next((note for note in checkpoint.notes if "optimizer" in note), None)  # why one that is there was not taken
+        said = next(
+            (note for note in checkpoint.notes if "optimizer" in note), None
+        )  # why one that is there was not taken
         raise Unusable(said or "the checkpoint has no state of an optimizer")
-    held = _Held(raw)
+    held = Held(raw)
     said = checkpoint.optimizer_said
     kind = kind_of(held.groups, list(held.entries.values()), said)
     check_hyperparameters(kind, held.groups)
@@ -135,58 +136,7 @@ def _found(checkpoint: Checkpoint, own: Shapes) -> OptimizerState:
     )
 
 
-class _Held:
-    """The parts of what `Optimizer.state_dict()` returns, checked to be such."""
-
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        listed, states = raw.get("param_groups"), raw.get("state", {})
-        if not isinstance(listed, list) or not listed or not all(isinstance(group, Mapping) for group in listed):
-            raise Unusable("the optimizer's state has no groups of parameters")
-        if not isinstance(states, Mapping):
-            raise Unusable("the optimizer's state is not one of torch")
-        sharded = ("base_optimizer_state", "zero_stage", "single_partition_of_fp32_groups")
-        if any(key in raw for key in sharded):
-            raise Unusable("the optimizer's state is that of one process among several (DeepSpeed)")
-        self.keys = [_keys(group.get("params")) for group in listed]
-        """Of the states of parameters, per group: positions, or names."""
-        flat = [key for group in self.keys for key in group]
-        if len(set(flat)) < len(flat):
-            raise Unusable("a parameter stands twice in the optimizer's groups")
-        if set(states) - set(flat):
-            raise Unusable("the optimizer has states of parameters that none of its groups has")
-        if any("flat_param" in str(key) for key in flat):
-            raise Unusable("the optimizer's state is flat and that of one process among several (FSDP)")
-        self.groups = tuple(_plain(group) for group in listed)
-        self.entries = {key: entry for key, entry in states.items() if isinstance(entry, Mapping) and entry}
-        self.entries = {key: {k: v for k, v in entry.items() if v is not None} for key, entry in self.entries.items()}
-        self.entries = {key: entry for key, entry in self.entries.items() if entry}
-        self.names = [group.get("param_names") for group in listed]
-
-    def named(self, checkpoint: Checkpoint, own: Shapes) -> Order | None:
-        """The order by names, if there are any."""
-        flat = [key for group in self.keys for key in group]
-        tied = _tied(checkpoint.tied, own)
-        if flat and all(isinstance(key, str) for key in flat):
-            return by_names([[str(key) for key in group] for group in self.keys], own, tied, "names in the optimizer's state")
-        sources = ((checkpoint.optimizer_names, "names stored by curvkit.save"), (self.names, "param_names of the optimizer"))
-        for names, source in sources:
-            if names is not None and all(isinstance(group, list | tuple) for group in names):
-                if [len(group) for group in names] != [len(group) for group in self.keys]:
-                    raise Unusable(f"the {source} are not as many as its parameters")
-                return by_names([[str(name) for name in group] for group in names], own, tied, source)
-        return None
-
-    def shapes(self) -> list[list[tuple[int, ...] | None]]:
-        """Of the state of each parameter, per group; None where it has no tensor."""
-        return [[self._shape(key) for key in group] for group in self.keys]
-
-    def _shape(self, key: Any) -> tuple[int, ...] | None:
-        tensors = [value for name, value in self.entries.get(key, {}).items() if isinstance(value, Tensor) and name != "step"]
-        shaped = [tensor for tensor in tensors if tensor.ndim] or tensors
-        return tuple(shaped[0].shape) if shaped else None
-
-
-def _ordered(held: _Held, kind: Kind, own: Shapes, checkpoint: Checkpoint) -> Order:
+def _ordered(held: Held, kind: Kind, own: Shapes, checkpoint: Checkpoint) -> Order:
     """The order by position, as far as this class of optimizers needs one."""
     shapes = held.shapes()
     _refuse_flat(shapes, own)
@@ -195,17 +145,21 @@ def _ordered(held: _Held, kind: Kind, own: Shapes, checkpoint: Checkpoint) -> Or
         return by_position(shapes, decays, own, checkpoint.kind)
     alike = len({_essence(group, kind) for group in held.groups}) == 1
     if alike and sum(map(len, shapes)) == len(own):
-        _refuse_other(shapes, own)
+        refuse_foreign([shape for group in shapes for shape in group], own)
         rest = iter(own)
         names = tuple(tuple(next(rest) for _ in group) for group in shapes)
         return Order(names, "one rule for all parameters", certain=False, grouped=True)
     order = by_position(shapes, decays, own, checkpoint.kind)
-    if not order.grouped and not alike:
-        raise Unusable(f"how the optimizer's {len(held.groups)} groups divide the parameters is not known: it has no names")
+    shown = any(shape is not None for group in shapes for shape in group)
+    decay_alone = len({_essence({**group, "weight_decay": 0.0}, kind) for group in held.groups}) == 1
+    if not alike and not (order.grouped and (shown or decay_alone)):
+        raise Unusable(
+            f"how the optimizer's {len(held.groups)} groups divide the parameters is not known: it has no names"
+        )
     return order
 
 
-def _parameters(held: _Held, kind: Kind, order: Order, own: Shapes) -> Iterator[tuple[str, ParameterState]]:
+def _parameters(held: Held, kind: Kind, order: Order, own: Shapes) -> Iterator[tuple[str, ParameterState]]:
     """The checked state of each trained parameter, in the order of the model."""
     found: dict[str, ParameterState] = {}
     for index, (keys, names) in enumerate(zip(held.keys, order.names, strict=True)):
@@ -215,7 +169,7 @@ def _parameters(held: _Held, kind: Kind, order: Order, own: Shapes) -> Iterator[
                 if kind.name == "SGD" and (not held.entries or not held.groups[index]["momentum"]):
                     found[name] = ParameterState(index, {}, {})
                 continue
-            entry = {k: _number(v) if k in kind.numbers else v for k, v in entry.items()}
+            entry = {k: plain_number(v) if k in kind.numbers else v for k, v in entry.items()}
             check_entry(kind, name, entry, held.groups[index])
             tensors = {k: v.detach().cpu() for k, v in entry.items() if k not in kind.numbers}
             if kind.name == "SGD" and not order.certain:
@@ -238,51 +192,9 @@ def _refuse_flat(shapes: Sequence[Sequence[tuple[int, ...] | None]], own: Shapes
     if known and all(len(shape) == 1 for shape in known) and any(len(shape) > 1 for shape in own.values()):
         largest = max(shape[0] for shape in known)
         if all(shape != (largest,) for shape in own.values()):
-            raise Unusable("the optimizer's state is flat, as of parameters that are spread over processes (FSDP, DeepSpeed)")
-
-
-def _refuse_other(shapes: Sequence[Sequence[tuple[int, ...] | None]], own: Shapes) -> None:
-    known = sorted(shape for group in shapes for shape in group if shape is not None)
-    left = list(own.values())
-    for shape in known:
-        if shape not in left:
-            raise Unusable(f"the optimizer's state is of another model: it has the shape {shape} more often than the model")
-        left.remove(shape)
-
-
-def _tied(groups: Sequence[Sequence[str]], own: Shapes) -> dict[str, str]:
-    """Names in the file, of tensors that are the same as one that the model has under another name."""
-    found: dict[str, str] = {}
-    for names in groups:
-        known = next((name for name in names if name in own), None)
-        if known is not None:
-            found |= {name: known for name in names if name not in own}
-    return found
-
-
-def _keys(params: Any) -> list[Any]:
-    if not isinstance(params, list | tuple) or not all(type(key) in (int, str) for key in params):
-        raise Unusable("the optimizer's groups do not say which parameters they have")
-    return list(params)
-
-
-def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters as numbers, tuples and truth values."""
-    found: dict[str, Any] = {}
-    for key, value in group.items():
-        if not isinstance(key, str) or key in ("params", "param_names"):
-            continue
-        if isinstance(value, list | tuple):
-            value = tuple(_number(item) for item in value[:LONGEST])
-        found[key] = _number(value)
-    return found
-
-
-def _number(value: Any) -> Any:
-    """A tensor of one number as that number; anything else as it is."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return value.item()
-    return value
+            raise Unusable(
+                "the optimizer's state is flat, as of parameters that are spread over processes (FSDP, DeepSpeed)"
+            )
 
 
 def _essence(group: Mapping[str, Any], kind: Kind) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from curvkit.checkpoints.command_lines import weight_options
 from curvkit.checkpoints.detection import detect
 from curvkit.checkpoints.layouts import WEIGHT_KEYS, Layout, interpret
 from curvkit.checkpoints.live import Materialiser
+from curvkit.checkpoints.loose_files import described_by, part_of
 from curvkit.checkpoints.places import check_places
 from curvkit.checkpoints.skeleton import Skeleton
 from curvkit.checkpoints.torch_file import data_of, load
@@ -23,8 +23,6 @@ from curvkit.checkpoints.trust import NOTHING, Trust
 from curvkit.errors import InvalidArgument, RefusedCheckpoint
 
 __all__ = ["WEIGHT_KEYS", "digest", "load", "read"]
-
-SHARD = re.compile(r"-\d+-of-\d+\.(safetensors|bin)$")
 
 
 def read(path: Path, *, key: str | None = None, ema: bool = False, trust: Trust = NOTHING) -> Checkpoint:
@@ -148,13 +146,11 @@ def _directory(path: Path, kind: str, trust: Trust) -> Checkpoint:
 def _safetensors(path: Path, key: str | None, ema: bool) -> Checkpoint:
     from curvkit.checkpoints.safetensors_file import NO_CHECKSUM, read_tensors
 
-    if SHARD.search(path.name):
-        raise RefusedCheckpoint(
-            f"{path}: one of several files that together hold a model. Pass the directory that they lie in: {path.parent}"
-        )
+    part = part_of(path)
+    if part is not None:
+        raise RefusedCheckpoint(f"{path}: {part}")
     layout = interpret(path, read_tensors(path), key=key, ema=ema, tensor=Tensor)
-    beside = next((name for name in ("adapter_config.json", "config.json") if (path.parent / name).is_file()), None)
-    hint = f"{beside} lies beside it: pass the directory {path.parent} to have the model built from it"
+    hint = described_by(path)
     made = _checkpoint(path, layout, Tensor)
     return Checkpoint(
         path,
@@ -165,5 +161,5 @@ def _safetensors(path: Path, key: str | None, ema: bool) -> Checkpoint:
         None,
         removed=made.removed,
         variants=made.variants,
-        notes=(*made.notes, NO_CHECKSUM, *((hint,) if beside else ())),
+        notes=(*made.notes, NO_CHECKSUM, *((hint,) if hint is not None else ())),
     )

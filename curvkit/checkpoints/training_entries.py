@@ -57,7 +57,7 @@ def optimizer_entry(places: Iterable[Mapping[Any, Any]], notes: list[str]) -> Ma
                 notes.append(f"{name} holds the states of {len(value)} optimizers; none was taken")
                 return None
             value = value[0] if isinstance(value, list | tuple) and value else value
-            if not is_optimizer_state(value):
+            if not isinstance(value, Mapping) or not is_optimizer_state(value):
                 continue
             others = [key for key in place if _is_numbered(key, name) and is_optimizer_state(place[key])]
             if others:  # accelerate numbers them

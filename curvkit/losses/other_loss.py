@@ -31,8 +31,8 @@ class BatchLoss:
     Example:
         >>> def squared_norm(model, batch):
         ...     return model(batch).square().sum(), len(batch)
-        >>> as_loss(BatchLoss(squared_norm)).name
-        'squared_norm'
+        >>> BatchLoss(squared_norm).fn(nn.Linear(1, 1), torch.ones(3, 1))[1]
+        3
     """
 
     fn: Callable[[nn.Module, Batch], Any]

@@ -16,6 +16,9 @@ from curvkit.losses.tokens import token_cross_entropy
 OF_ONE_DTYPE = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.huber_loss)
 """Losses that torch does not compute, or not differentiate, for targets of another dtype than the outputs have."""
 
+OF_TORCH = (RuntimeError, IndexError, ValueError, TypeError)
+"""What torch's losses raise."""
+
 
 def refuse_misfit(
     name: str, function: Callable[..., Tensor], outputs: Tensor, targets: Tensor, options: Options
@@ -47,8 +50,8 @@ def refuse_misfit(
     if function in OF_ONE_DTYPE and not _go_together(function, outputs, targets):
         kind = "of another dtype" if targets.dtype.is_floating_point else "no floating-point numbers"
         raise UnknownObjective(
-            f"Objective: {name}: the model gave {described(outputs)} and the targets are {described(targets)}, {kind}, which torch does not "
-            f"take together. Pass targets.to({outputs.dtype})."
+            f"Objective: {name}: the model gave {described(outputs)} and the targets are {described(targets)}, {kind}, which torch does "
+            f"not take together. Pass targets.to({outputs.dtype})."
         )
     if function in BY_CLASS and outputs.ndim > 0:
         soft = function is F.cross_entropy and targets.dtype.is_floating_point and targets.shape == outputs.shape
@@ -99,13 +102,13 @@ def explained(name: str, outputs: Tensor, targets: Tensor) -> Generator[None]:
 
     Raises:
         UnknownObjective: In place of what torch raises.
-        Exception: What is no matter of outputs and targets, as it is: memory, a failing device.
+        Exception: What is no matter of outputs and targets, as it is: memory, a failing device, errors of curvkit.
     """
     try:
         yield
-    except CurvkitError:
-        raise
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+    except Exception as error:
+        if not isinstance(error, OF_TORCH) or isinstance(error, CurvkitError):
+            raise
         if ran_out_of_memory(error) or "CUDA error" in str(error):
             raise
         reason = str(error).strip().partition("\n")[0].rstrip(".")

@@ -37,7 +37,9 @@ def scalar_or_pair(value: Any, name: str) -> LossTerms:
     Raises:
         UnknownObjective: If it is neither, or the count is no number, negative or not finite.
     """
-    named = "loss" in getattr(value, "_fields", ())  # as torch's adaptive softmax: (output, loss), of which neither is a count
+    named = "loss" in getattr(
+        value, "_fields", ()
+    )  # as torch's adaptive softmax: (output, loss), of which neither is a count
     said = isinstance(value, tuple | list) and len(value) == 2 and not named
     total, count = value if said else (value, 1)
     if not isinstance(total, Tensor) or total.numel() != 1 or not total.dtype.is_floating_point:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import cast
 
 from torch import Tensor
 
@@ -47,17 +48,11 @@ def largest_between(
     rows = rows_that_fit(operator.objective, settings.memory_bytes, settings.search.max_rows)
     search = replace(settings.search, num=1, which="largest", max_rows=rows)
     other, _ = other_arithmetic(operator, settings.rounding)
+    # the other arithmetics of a Hessian have its space of parameters
     around = lanczos.OtherArithmetic(
-        None if other.reference is None else between(_curvature(other.reference)),
-        tuple(between(_curvature(perturbed)) for perturbed in other.perturbed),
+        None if other.reference is None else between(cast(CurvatureOperator, other.reference)),
+        tuple(between(cast(CurvatureOperator, perturbed)) for perturbed in other.perturbed),
     )
     for pairs in lanczos.search(between(operator), search, start=start, seed=seed, other=around):
         refuse_asymmetry(measure, pairs.asymmetry, lanczos.asymmetry_limit(pairs), rule=settings.rule)
         yield replace(pairs, space=operator.space)
-
-
-def _curvature(A: object) -> CurvatureOperator:
-    """The other arithmetics of a Hessian are operators on the same space."""
-    if not isinstance(A, CurvatureOperator):
-        raise TypeError(f"{type(A).__name__} has no space of parameters")
-    return A

@@ -16,9 +16,10 @@ from curvkit.errors import InvalidArgument
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.eigenvalues import SharpnessSettings
 from curvkit.measures.frozen_state import NoLimit, common
+from curvkit.measures.limit_verdict import DECAYED, IDLE, verdict
 from curvkit.measures.scaled_search import largest_between
 from curvkit.measures.sharpness_result import Sharpness
-from curvkit.measures.stability_result import DECAYED, IDLE, RateRatio, Stability, verdict
+from curvkit.measures.stability_result import RateRatio, Stability
 from curvkit.measures.updates import Update
 from curvkit.objectives import Objective
 from curvkit.operators import CurvatureOperator

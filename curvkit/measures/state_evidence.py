@@ -17,7 +17,7 @@ from curvkit.operators.independence import rows_are_independent
 PARTS = 32
 """The data is cut into so many parts, at least, if it can be cut."""
 PAIR, TENSOR = 1.0, 4.0
-"""Least scores for which an assignment is believed: of each pair of tensors that could be exchanged, and of each tensor against all others."""
+"""Least scores for which an order is believed: of each pair of tensors of one shape, and of each tensor against all others of its shape."""
 OTHER = -4.0
 """From this score of a pair downwards another order fits better."""
 PATTERN = {"second": 3.0, "first": 1.5}
@@ -136,7 +136,9 @@ def evidence(moments: Mapping[str, Mapping[str, Tensor]], squares: Mapping[str, 
     found = Evidence(math.inf, ("", ""), math.inf, "")
     for names in by_shape.values():
         if len(names) > 1:
-            found = _least(found, names, _scores([moments[name] for name in names], [squares[name] for name in names], noise))
+            found = _least(
+                found, names, _scores([moments[name] for name in names], [squares[name] for name in names], noise)
+            )
     return found
 
 
@@ -144,7 +146,9 @@ def _least(before: Evidence, names: Sequence[str], scores: Tensor) -> Evidence:
     """The lesser of what was found and what the tensors of one shape show."""
     k = len(names)
     others = scores.masked_fill(torch.eye(k, dtype=torch.bool), 0.0)
-    tensors = others.sum(1) / (k - 1) / math.sqrt(0.5 + 0.5 / (k - 1))  # pairs that share a tensor are correlated by a half
+    tensors = (
+        others.sum(1) / (k - 1) / math.sqrt(0.5 + 0.5 / (k - 1))
+    )  # pairs that share a tensor are correlated by a half
     pairs = scores.masked_fill(torch.eye(k, dtype=torch.bool), math.inf)
     i, j = divmod(int(pairs.argmin()), k)
     worst = int(tensors.argmin())
@@ -158,8 +162,7 @@ def _least(before: Evidence, names: Sequence[str], scores: Tensor) -> Evidence:
 def _scores(moments: Sequence[Mapping[str, Tensor]], squares: Sequence[Tensor], noise: Mapping[str, float]) -> Tensor:
     """[k, k], symmetric: how much better each pair fits as it is than exchanged, in standard deviations of no relation."""
     k = len(squares)
-    total, weights, square_weights = torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k), torch.zeros(k, k)
-    weights, square_weights = weights.double(), square_weights.double()
+    total, weights, square_weights = (torch.zeros(k, k, dtype=torch.float64) for _ in range(3))
     gradients, level = _features(squares), _differences(_levels(squares))
     for kind in ("second", "first"):
         if not all(kind in held for held in moments):
@@ -167,7 +170,11 @@ def _scores(moments: Sequence[Mapping[str, Tensor]], squares: Sequence[Tensor], 
         states = [held[kind] for held in moments]
         z = _patterns(_features(states), gradients)
         if z is not None:
-            total, weights, square_weights = total + PATTERN[kind] * z, weights + PATTERN[kind], square_weights + PATTERN[kind] ** 2
+            total, weights, square_weights = (
+                total + PATTERN[kind] * z,
+                weights + PATTERN[kind],
+                square_weights + PATTERN[kind] ** 2,
+            )
         expected = (level.abs() / (math.sqrt(2.0) * noise[kind])).clamp(max=LARGEST)
         z = (_differences(_levels(states)) * level.sign() / (math.sqrt(2.0) * noise[kind])).clamp(-LARGEST, LARGEST)
         total, weights, square_weights = total + expected * z, weights + expected, square_weights + expected**2
@@ -183,28 +190,33 @@ def _patterns(states: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor |
         if n < 4:
             continue
         xy, xx, yy = x @ y.T, x @ x.T, y @ y.T
-        own, i = xy.diagonal(), xx.diagonal()
-        j = yy.diagonal()
-        covariance = own[:, None] + own[None] - xy - xy.T
-        sizes = (i[:, None] + i[None] - 2 * xx).clamp_min(0.0) * (j[:, None] + j[None] - 2 * yy).clamp_min(0.0)
-        r = torch.where(sizes > 0.0, covariance / sizes.clamp_min(1e-30).sqrt(), 0.0)
+        sizes = _spread(xx, xx).clamp_min(0.0) * _spread(yy, yy).clamp_min(0.0)
+        covariance = _spread(xy, xy.T)
+        r = torch.where(sizes > 0.0, covariance / sizes.clamp_min(1e-300).sqrt(), 0.0)
         found.append(r.clamp(-0.999999, 0.999999).atanh() * math.sqrt(n - 3))
     return sum(found[1:], found[0]) / math.sqrt(len(found)) if found else None
 
 
+def _spread(products: Tensor, transposed: Tensor) -> Tensor:
+    """(x_i - x_j)(y_i - y_j) from the products x_i y_j."""
+    own = products.diagonal()
+    return own[:, None] + own[None] - products - transposed
+
+
 def _features(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Logarithms of row sums and of column sums, less their means: [k, rows] and [k, columns]; of vectors the entries."""
-    matrices = [t.double().flatten(1) if t.ndim > 1 else t.double().reshape(-1, 1) for t in tensors]
-    sums = [torch.stack([m.sum(1) for m in matrices])]
-    if tensors[0].ndim > 1:
-        sums.append(torch.stack([m.sum(0) for m in matrices]))
+    matrices = [t.flatten(1) if t.ndim > 1 else t.reshape(-1, 1) for t in tensors]
+    sums = [
+        torch.stack([m.sum(dim, dtype=torch.float64) for m in matrices])
+        for dim in ((1, 0) if tensors[0].ndim > 1 else (1,))
+    ]
     logs = [(s + s.amax(1, keepdim=True) * 1e-12 + 1e-300).log() for s in sums]
     return [log - log.mean(1, keepdim=True) for log in logs]
 
 
 def _levels(tensors: Sequence[Tensor]) -> Tensor:
     """[k] log of the mean."""
-    return torch.stack([tensor.double().mean() for tensor in tensors]).clamp_min(1e-300).log()
+    return torch.stack([tensor.mean(dtype=torch.float64) for tensor in tensors]).clamp_min(1e-300).log()
 
 
 def _differences(levels: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 
-
 SETTERS = ("set_autocast_enabled", "set_autocast_cpu_enabled")
 """Functions of torch that switch autocast; the first takes a kind of device, or none for CUDA."""
 

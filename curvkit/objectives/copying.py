@@ -50,12 +50,12 @@ def deep_copy(model: nn.Module, *, device: torch.device | None = None, dtype: to
     parameters, copies = dict(made.named_parameters()), dict(made.named_modules())
     with torch.inference_mode(False), torch.enable_grad():
         for name, key, value in held:
-            base = owners.get(id(value._base))
-            if base is None or parameters[base].stride() != value._base.stride():  # a parameter with gaps is copied without
+            base, own = value._base, parameters.get(owners.get(id(value._base), ""))
+            if base is None or own is None or own.stride() != base.stride():  # a parameter with gaps is copied without
                 setattr(copies[name], key, value.to(device=device, dtype=dtype))
             else:  # the storage of a copy begins with it; that of the original may hold others before it
-                offset = value.storage_offset() - value._base.storage_offset() + parameters[base].storage_offset()
-                setattr(copies[name], key, parameters[base].as_strided(value.size(), value.stride(), offset))
+                offset = value.storage_offset() - base.storage_offset() + own.storage_offset()
+                setattr(copies[name], key, own.as_strided(value.size(), value.stride(), offset))
     return made
 
 

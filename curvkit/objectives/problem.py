@@ -24,10 +24,12 @@ SCRIPTS = "_scripts_seen"
 
 
 class Origin:
-    """The model that a copy was made of, so that a loss which holds on to it is found."""
+    """The models that a copy was made of, one after the other, so that a loss which holds on to one of them is found."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, before: Origin | None = None) -> None:
         self.parameters = {id(p): (name, p) for name, p in model.named_parameters()}
+        if before is not None:
+            self.parameters |= before.parameters
         self.checked = False
 
     def refuse_outer(self, total: Tensor, model: nn.Module, loss: str) -> None:
@@ -200,7 +202,7 @@ class Problem:
         batches = [cast(batch, device=target, dtype=dtype) for batch in self.batches]
         moved = self._with(model=model, loss=self._loss.moved(target, dtype), data=batches)
         vars(moved)["_drawn"] = (tuple(batches), self._drawn[1])  # what is to be known of the data stays with it
-        vars(moved)["_origin"] = Origin(self.model)
+        vars(moved)["_origin"] = Origin(self.model, vars(self).get("_origin"))
         return moved
 
     def copied(self) -> Self:
@@ -212,7 +214,7 @@ class Problem:
         with random_state():
             moved = self._with(model=deep_copy(self.model))
         vars(moved)["_drawn"] = self._drawn
-        vars(moved)["_origin"] = Origin(self.model)
+        vars(moved)["_origin"] = Origin(self.model, vars(self).get("_origin"))
         return moved
 
     def with_batches(self, batches: Sequence[Batch]) -> Self:

@@ -13,7 +13,7 @@ from curvkit.errors import CurvkitError, UnsupportedModel, ran_out_of_memory
 from curvkit.linalg.basis import norm
 from curvkit.objectives import Objective
 from curvkit.operators.batchwise import BatchwiseOperator
-from curvkit.operators.graph import BatchGraph, explained, finite_total
+from curvkit.operators.graph import BatchGraph, explained, finite_total, made_dense
 from curvkit.operators.moving import Moving
 from curvkit.operators.plan import Plan
 from curvkit.operators.point import Point
@@ -71,8 +71,7 @@ class DifferenceGraph(BatchGraph):
         gradient: tuple[Tensor | None, ...] = tuple(None for _ in parameters)
         if terms.total.requires_grad:
             with explained(cls.matrix):
-                found = torch.autograd.grad(terms.total, parameters, allow_unused=True)
-            gradient = tuple(g.to_dense() if g is not None and g.is_sparse else g for g in found)
+                gradient = tuple(made_dense(torch.autograd.grad(terms.total, parameters, allow_unused=True)))
         at = objective.with_batches([objective.batches[index]])
         return cls(parameters, gradient, total, terms.weight, terms.count, at)
 

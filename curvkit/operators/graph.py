@@ -133,8 +133,21 @@ class GradientGraph(BatchGraph):
             return [None] * len(pieces)
         parameters = graphs[0].parameters
         with explained(cls.matrix):
-            made = torch.autograd.grad(outputs, parameters, directions, retain_graph=keep, allow_unused=True)
-        return [piece.to_dense() if piece is not None and piece.is_sparse else piece for piece in made]
+            return made_dense(
+                torch.autograd.grad(outputs, parameters, directions, retain_graph=keep, allow_unused=True)
+            )
+
+
+def made_dense(pieces: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients as strided tensors: some look-ups make sparse ones, of which most operations know nothing.
+
+    Args:
+        pieces: Gradients; None for zero.
+
+    Returns:
+        The same, sparse ones copied.
+    """
+    return [piece.to_dense() if piece is not None and piece.is_sparse else piece for piece in pieces]
 
 
 def refuse_not_finite(matrix: str, objective: Objective) -> None:

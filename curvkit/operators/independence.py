@@ -67,15 +67,15 @@ def refuse_coupled(matrix: str, objective: Objective) -> str | None:
 
     Batch normalisation by hand, or by a function that no module shows, couples the rows of a batch: the mean over all batches is
     then another function for each way to cut. Four rows of the largest batch are held against two and two of them. Rows whose order
-    matters, as steps of time or nodes of a graph do, are parts of one example: batches of such are left alone.
+    matters, as steps of time or nodes of a graph do, are parts of one example: batches of such are taken as they are, and a note says so.
 
     Args:
         matrix: Whose products are wanted, for the message.
         objective: The function.
 
     Returns:
-        A sentence for the notes if the rows of the only batch are coupled; None if they are not, or if it cannot be known: fewer than
-        three rows, or a model that does not run on a part of them.
+        A sentence for the notes if the rows of the only batch are coupled, their order matters, or they are coupled weakly; None if
+        they are not, or if it cannot be known: fewer than three rows, or a model that does not run on a part of them.
 
     Raises:
         UnsupportedModel: If they are coupled and there are several batches.
@@ -107,8 +107,8 @@ def refuse_coupled(matrix: str, objective: Objective) -> str | None:
         )
     if coupling.share <= COUPLED:
         return (
-            f"rows together have another gradient than the same rows apart, by {coupling.share:.1g} of it: a small penalty on each batch, a "
-            "weak coupling, or rounding inside the model. The result shifts by about so much if the data is cut otherwise"
+            f"rows together have another gradient than the same rows apart, by {coupling.share:.1g} of it: a small penalty on each "
+            "batch, a weak coupling, or rounding inside the model. The result shifts by about so much if the data is cut otherwise"
         )
     if batches > 1:
         raise UnsupportedModel(

@@ -152,10 +152,7 @@ def _in_float64(objective: Objective) -> Objective:
 
 
 def _lowered(few: Objective, probe: Objective) -> tuple[Suspect, ...]:
-    """What is computed in half precision in the model's own precision, though not in that of the probes, which then show another function.
-
-    Autocast does so where no switch of ours reaches it: it lowers float32, and leaves float64 as it is.
-    """
+    """What is in half precision where the model is in float32, but not in the probes: autocast leaves float64 as it is."""
     if probe is few:
         return ()
     found = [suspect for suspect in suspects(few) if suspect.construct.name == LOW_PRECISION]

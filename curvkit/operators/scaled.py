@@ -168,8 +168,8 @@ def fitting(operator: CurvatureOperator, diagonal: Tensor, *, of: str, name: str
         )
     if diagonal.shape != (n,) or diagonal.dtype != dtype or diagonal.device != device:
         raise InvalidArgument(
-            f"{of}: {'an' if called[0] in 'io' else 'a'} {called} of shape {tuple(diagonal.shape)}, {diagonal.dtype} on {diagonal.device} was given; it must be "
-            f"[{n}], {dtype} on {device}. Join parameter-shaped pieces with operator.space.join, and convert with "
+            f"{of}: {'an' if called[0] in 'io' else 'a'} {called} of shape {tuple(diagonal.shape)}, {diagonal.dtype} on {diagonal.device} "
+            f"was given; it must be [{n}], {dtype} on {device}. Join parameter-shaped pieces with operator.space.join, and convert with "
             ".to(operator.device, operator.dtype)."
         )
     if not bool(torch.isfinite(diagonal).all()):

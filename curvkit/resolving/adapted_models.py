@@ -14,6 +14,7 @@ from curvkit.checkpoints import Checkpoint
 from curvkit.errors import MissingExtra, RefusedCheckpoint, UnknownObjective
 from curvkit.objectives.surroundings import random_state
 from curvkit.resolving.adapter_settings import exact
+from curvkit.resolving.hugging_face_models import check_predictions
 from curvkit.resolving.language_model import LanguageModel
 from curvkit.resolving.transformers_library import quietly, reason_of, refuse_broken_torchvision
 
@@ -77,7 +78,10 @@ def adapt(base: LanguageModel, checkpoint: Checkpoint) -> LanguageModel:
         raise UnknownObjective("\n".join(lines))
     name = f"{base.name} with a {described.get('peft_type')} adapter"
     places = (path if path.is_dir() else path.parent, *base.tokenizer_places)
-    return replace(base, model=model.eval(), name=name, tokenizer_places=places, notes=(*base.notes, *notes))
+    made = replace(base, model=model.eval(), name=name, tokenizer_places=places, notes=(*base.notes, *notes))
+    with quietly(), random_state():
+        check_predictions(made, path)
+    return made
 
 
 def _peft() -> Any:

@@ -136,13 +136,18 @@ def _check_sizes(adapter: _Adapter) -> None:
             "Take the directory that model.save_pretrained(path) of PEFT wrote."
         )
     layers = settings.get("layer_replication") or []
-    ranges = [pair for pair in layers if isinstance(pair, list | tuple) and len(pair) == 2] if layers else []
-    whole = len(ranges) == len(layers) and all(isinstance(end, int) for pair in ranges for end in pair)
-    if not whole or sum(max(0, end - start) for start, end in ranges) > max(LONGEST, len(weights)):
+    if not _are_ranges(layers) or sum(max(0, end - start) for start, end in layers) > max(LONGEST, len(weights)):
         raise RefusedCheckpoint(
             f"{adapter.source}: layer_replication is no list of [start, end], or asks for more layers than the adapter has weights. "
             "Take the directory that model.save_pretrained(path) of PEFT wrote."
         )
+
+
+def _are_ranges(value: Any) -> bool:
+    pairs = value if isinstance(value, list) else [None]
+    return all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(end, int) for end in pair) for pair in pairs
+    )
 
 
 def _check_parameters(adapter: _Adapter, strange: str | None) -> None:

@@ -19,6 +19,7 @@ NOT_OURS = frozenset(
         "_name_or_path",
         "attn_implementation",
         "auto_map",
+        "chunk_size_feed_forward",
         "custom_pipelines",
         "distributed_config",
         "experts_implementation",

@@ -59,12 +59,14 @@ def build_hugging_face(checkpoint: Checkpoint, trust: Trust) -> LanguageModel:
         found, config, kind = _chosen(path, _described(checkpoint), trust)
         _check_size(path, found, config, checkpoint.weights)
         model, notes = loaded(path, found, config, checkpoint.weights)
-        _check_direction(path, model, kind)
     embedding = model.get_input_embeddings()
     vocabulary = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else int(config.vocab_size)
-    return LanguageModel(
+    language = LanguageModel(
         model, found.__name__, kind, vocabulary, _context(model), (_directory(path),), returns_object=True, notes=notes
     )
+    with quietly(), random_state():
+        check_predictions(language, path)
+    return language
 
 
 def refuse_other_architectures(checkpoint: Checkpoint) -> str:
@@ -202,23 +204,38 @@ def _check_size(path: Path, found: Any, config: Any, weights: Mapping[str, Tenso
             )
 
 
-def _check_direction(path: Path, model: Any, kind: Kind) -> None:
-    """Refuse a causal model that sees later tokens, such as a BERT that is not set up as a decoder."""
-    if kind == "masked":
-        return
-    length = min(8, _context(model) or 8)
-    tokens = torch.arange(length)[None] % max(2, min(8, int(getattr(model.config, "vocab_size", 8))))
+def check_predictions(language: LanguageModel, path: Path) -> None:
+    """Call a model, and refuse a causal one that sees later tokens, such as a BERT that is not set up as a decoder.
+
+    Args:
+        language: With its weights, in evaluation mode.
+        path: For messages.
+
+    Raises:
+        UnknownObjective: If it cannot be called, predicts NaN, or is not causal and should be.
+
+    Cost: two forward passes of eight tokens.
+    """
+    model, length = language.model, min(8, language.context or 8)
+    tokens = torch.arange(length)[None] % max(2, min(8, language.vocabulary))
     changed = tokens.clone()
     changed[0, -1] = 0 if int(tokens[0, -1]) else 1
     with torch.no_grad():
         try:
-            one, other = (model(input_ids=ids).logits[:, :-1].float() for ids in (tokens, changed))
+            one, other = (model(input_ids=ids).logits.float() for ids in (tokens, changed))
         except Exception as error:
             raise UnknownObjective(
                 f"{path}: a {type(model).__name__} cannot be called with tokens alone ({reason_of(error)}). "
                 "Name an objective with --objective FILE.py:FUNCTION."
             ) from error
-    if not torch.allclose(one, other, rtol=0.0, atol=1e-5 * float(one.abs().max())):
+    if bool(torch.isnan(one).any() or torch.isnan(other).any()):
+        raise UnknownObjective(
+            f"{path}: what this {type(model).__name__} predicts is NaN. A number in config.json may be damaged, such as the "
+            "epsilon of a norm; take another copy of it, or an earlier checkpoint."
+        )
+    largest = float(torch.where(one.isinf(), 0.0, one).abs().max())  # of tokens that are ruled out, logits may be -inf
+    later = not torch.allclose(one[:, :-1], other[:, :-1], rtol=0.0, atol=1e-5 * largest)
+    if language.kind == "causal" and later:
         raise UnknownObjective(
             f"{path}: this {type(model).__name__} is not causal: what it predicts depends on later tokens. Its configuration may lack "
             "is_decoder; for a masked language model save it as one."

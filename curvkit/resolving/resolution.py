@@ -154,11 +154,20 @@ def _from_recipe(checkpoint: Checkpoint) -> tuple[Objective, tuple[str, ...]]:
             model = build(recipe.builder, recipe.kwargs)
     except InvalidArgument as error:
         raise UnknownObjective(_unusable(checkpoint, error)) from error
-    notes = fit(model.to(precision(checkpoint.weights)), checkpoint.weights, str(checkpoint.path))
+    dtype = precision(checkpoint.weights)
+    notes = fit(model.to(dtype), checkpoint.weights, str(checkpoint.path))
     restore = getattr(model, "restore_derived", None)
     if restore is not None:
         restore()
+    floating = {name: value for name, value in recipe.batch.items() if value.is_floating_point()}
+    recipe = replace(recipe, batch={**recipe.batch, **{name: value.to(dtype) for name, value in floating.items()}})
+    others = sorted({_word(value.dtype) for value in floating.values()} - {_word(dtype)})
+    notes += tuple(f"data in {other}, computed in {_word(dtype)}" for other in others)
     return Objective(model, KnownLoss(LOSSES[recipe.loss], recipe.loss_options), recipe.batches()), notes
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _unusable(checkpoint: Checkpoint, error: InvalidArgument) -> str:
