@@ -84,8 +84,8 @@ def markdown(result: Comparison, where: str) -> str:
         f"- {letter}: **{WORDS[v.kind]}**. {_escaped(v.text)}"
         for letter, v in zip(letters[1:], result.verdicts, strict=True)
     ]
-    rest = [f"- {name}: {_escaped(words)}" for name, words in remarks(result, letters)]
-    return "\n".join([f"**{_escaped(_title(result, where))}**", "", *names, "", *text, "", *said, "", *rest])
+    rest = [f"- {_escaped(name)}: {_escaped(words)}" for name, words in remarks(result, letters)]
+    return "\n".join([f"**{_escaped(_title(result, where))}**", "", *names, "", *text, "", *said, *rest])
 
 
 def _numbers(point: Measured, it: Difference | None) -> list[list[str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.padding import Padding
 from rich.table import Table
@@ -38,7 +39,8 @@ def table(found: Inspection, color: str) -> None:
     else:
         for name, tensors, numbers, stored, dtypes in lines:
             console.print(Text(f" {name}", overflow="fold"))
-            text = Text(f"{tensors} tensors, {numbers} numbers, {stored}, {dtypes}", overflow="fold")
+            counts = f"{tensors} tensor{'' if tensors == '1' else 's'}, {numbers} number{'' if numbers == '1' else 's'}"
+            text = Text(f"{counts}, {stored}, {dtypes}", overflow="fold")
             console.print(Padding(text, (0, 0, 0, 3)))
     for name, text in remarks(found):
         style = "bold red" if name == "refused" else ""
@@ -56,8 +58,17 @@ def plain(found: Inspection) -> str:
 
 
 def document(found: Inspection) -> str:
-    """The JSON document; ASCII, so that no name in a file reaches a terminal as it is."""
-    return json.dumps({"schema": "curvkit.inspect/1", "result": found.to_dict()}, indent=2)
+    """The JSON document; ASCII, so that no name in a file reaches a terminal as it is, and null for NaN and infinity, as in results."""
+    return json.dumps({"schema": "curvkit.inspect/1", "result": _finite(found.to_dict())}, indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """As `curvkit.results.plain`, which imports torch."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def remarks(found: Inspection) -> list[tuple[str, str]]:

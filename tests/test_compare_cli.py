@@ -188,7 +188,7 @@ def test_the_table_shows_differences_beneath_their_numbers(compare: Typed, monke
         "by 40 probes that all share, so that the difference has a standard error of its own; of independent probes it would be"
         in joined
     )
-    assert "equal losses are within 1% of the larger" in joined
+    assert "losses count as equal within 1% of the larger" in joined
 
 
 def test_many_checkpoints_fold_with_letters_for_all(
@@ -231,6 +231,9 @@ def test_markdown_renders(compare: Typed):
     assert "<em>" not in page
     assert "<li>B: <strong>" in page
     assert "diag|w| H diag|w|" in page
+    code, _, err = compare("a.pt", "b.pt", *OBJECTIVE, "--md", "--json")
+    assert code == 2
+    assert "--md and --format json contradict each other: leave out one of them." in err
 
 
 def test_recipes_need_no_flag(compare: Typed):
@@ -339,9 +342,8 @@ def test_weights_that_are_not_finite_are_named(compare: Typed):
     state["inner.weight"][0, 0] = float("nan")
     torch.save(state, "nan.pt")
     code, out, err = compare("a.pt", "nan.pt", *OBJECTIVE)
-    assert (code, out) == (1, "")
-    assert "the parameter 'inner.weight' has NaN or infinite entries" in err
-    assert "This was found at nan.pt." in err
+    assert (code, out) == (4, "")
+    assert "nan.pt: the weight 'inner.weight' has 1 NaN or infinite entry" in err
 
 
 def test_a_function_with_one_model_for_all_is_refused(compare: Typed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -178,7 +178,7 @@ def test_a_configuration_of_another_size_is_refused_at_once(tmp_path: Path, fami
     begin = time.monotonic()
     with pytest.raises(UnknownObjective):
         build_hugging_face(read(path), NOTHING)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
 
 
 def test_a_long_context_by_rotation_is_built(tmp_path: Path):

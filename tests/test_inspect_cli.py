@@ -52,6 +52,25 @@ def training(path: str = "ckpt.pt") -> str:
     return path
 
 
+def test_numbers_that_json_does_not_have_are_null(typed: Typed):
+    model = net()
+    state = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
+    state["param_groups"][0] |= {"lr": float("nan"), "weight_decay": float("inf")}
+    torch.save({"model": model.state_dict(), "optimizer": state}, "ckpt.pt")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = json.loads(typed("ckpt.pt", "--json")[1], parse_constant=refuse)["result"]["optimizer"]
+    assert (found["lr"], found["weight_decay"]) == ([None], [None])
+
+
+def test_one_of_each_in_little_room(typed: Typed, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    torch.save({"weight": torch.ones(1)}, "ckpt.pt")
+    assert "1 tensor, 1 number, 4 bytes" in " ".join(typed("ckpt.pt", "--format", "table")[1].split())
+
+
 def test_the_table(typed: Typed):
     size = Path(training()).stat().st_size
     code, out, err = typed("ckpt.pt", "--format", "table")

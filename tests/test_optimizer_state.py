@@ -253,7 +253,7 @@ def test_groups_by_decay(tmp_path: Path, first: bool, source: str):
     assert [group["weight_decay"] for group in state.groups] == ([0.1, 0.0] if first else [0.0, 0.1])
 
 
-def test_groups_by_decay_are_certain_where_no_two_shapes_in_a_group_are_the_same(tmp_path: Path):
+def test_groups_by_decay_are_certain_where_no_two_shapes_are_the_same(tmp_path: Path):
     model = distinct()
     optimizer = stepped(model, torch.optim.AdamW(decay_groups(model)))
     assert found(written(tmp_path, model, optimizer), model).certain
@@ -357,6 +357,15 @@ def test_sgd_with_groups(tmp_path: Path):
     assert "divide the parameters is not known" in reason(written(tmp_path, model, torch.optim.SGD(groups)), model)
     groups = [{"params": parameters[:4], "lr": 0.1}, {"params": parameters[4:], "lr": 0.2}]
     assert "divide the parameters is not known" in reason(written(tmp_path, model, torch.optim.SGD(groups)), model)
+
+
+def test_sgd_of_a_model_that_is_frozen_in_part(tmp_path: Path):
+    model = tower()
+    model.first.requires_grad_(False)
+    optimizer = stepped(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    state = found(written(tmp_path, model, optimizer), model)
+    assert not state.certain  # which parameters were trained is known by their order alone
+    assert set(state.parameters) == {name for name in shapes(model) if not name.startswith("first")}
 
 
 def test_torch_distributed_checkpoint_has_names(tmp_path: Path):

@@ -288,9 +288,11 @@ def growth(model: Vector, optimizer: torch.optim.Optimizer, factor: float, boost
     return size / earlier
 
 
-def dense_step(model: Vector, optimizer: torch.optim.Optimizer, boost: Tensor | None = None) -> numpy.ndarray:
+def dense_step(
+    model: Vector, optimizer: torch.optim.Optimizer, restore: Callable[[], None], boost: Tensor
+) -> numpy.ndarray:
     """The linear map (x, momentum) -> (x', momentum') of torch's own step, column by column; entries of 1e-16, so that squares are none."""
-    parameters, restore, tiny = list(model.parameters()), freeze(optimizer), 1e-16
+    parameters, tiny = list(model.parameters()), 1e-16
     sizes, columns = [p.numel() for p in parameters], []
     names = [
         next((n for n in ("exp_avg", "momentum_buffer") if optimizer.state[p].get(n) is not None), "")
@@ -306,8 +308,7 @@ def dense_step(model: Vector, optimizer: torch.optim.Optimizer, boost: Tensor | 
                     optimizer.state[p][name].copy_(yi)
             restore()
             optimizer.step()
-            moved = torch.cat(parameters)
-            moved = moved if boost is None else x + boost * (moved - x)
+            moved = x + boost * (torch.cat(parameters) - x)
             kept = [optimizer.state[p][n] if n else 0.0 * p for p, n in zip(parameters, names, strict=True)]
             columns.append(torch.cat([moved, *kept]) / tiny)
     return torch.stack(columns, dim=1).numpy()
@@ -322,11 +323,11 @@ def test_the_step_of_torch_has_a_spectral_radius_of_one_at_the_limit(name: str, 
     optimizer = warmed(make, model, STEPS.get(name, 12), lr=LR, **options)
     update = folded(model, optimizer).amplified(flat, kappa)
     limit, lrs = 2.0 / largest(update), [group["lr"] for group in optimizer.param_groups]
-    radii = []
+    restore, radii = freeze(optimizer), []
     for factor in (0.99, 1.0, 1.01):
         for group, lr in zip(optimizer.param_groups, lrs, strict=True):
             group["lr"] = factor * limit * lr
-        radii.append(radius(dense_step(model, optimizer, 1.0 + kappa * flat.double())))
+        radii.append(radius(dense_step(model, optimizer, restore, 1.0 + kappa * flat.double())))
     assert abs(radii[1] - 1.0) <= 1e-8
     assert radii[0] < 1.0 - 1e-6
     assert radii[2] > 1.0 + 1e-6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,10 +101,10 @@ def pairing(command: Command) -> Command:
 @data
 @pairing
 @output
-@option("--md", "format", flag_value="md", heading="Output", help="A Markdown table, for a pull request.")
+@option("--md", is_flag=True, heading="Output", help="A Markdown table, for a pull request.")
 @click.pass_context
 def compare(
-    ctx: click.Context, target: Target, others: tuple[Path, ...], data: Data, pairing: Pairing, output: Output
+    ctx: click.Context, target: Target, others: tuple[Path, ...], data: Data, pairing: Pairing, md: bool, output: Output
 ) -> int:
     """Several CHECKPOINTs of one model on the same data, with differences.
 
@@ -117,6 +117,9 @@ def compare(
             f"Only one checkpoint was given, {target.checkpoint}: two or more are compared. For one alone there are "
             "`curvkit sharpness` and `curvkit trace`."
         )
+    if md and output.format != "auto":
+        raise click.UsageError(f"--md and --format {output.format} contradict each other: leave out one of them.")
+    output = replace(output, format="md" if md else output.format)
     settings = _settings(pairing)
     destination = records.destination(output, "compare.json")
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result

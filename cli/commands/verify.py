@@ -172,8 +172,8 @@ def _checks(document: dict[str, Any], folder: Path, objective: Objective, again:
         if isinstance(error, ValueError) and type(error) is not ValueError:
             raise  # ours
         raise RefusedCheckpoint(
-            f"the result cannot be verified: {type(error).__name__}: {error}. It must be as curvkit wrote it: with the file of {what} beside "
-            "it. Measure again with -o DIR."
+            f"the result cannot be verified: {type(error).__name__}: {error}. It must be as curvkit wrote it, with the file of {what} "
+            "beside it. Measure again with -o DIR."
         ) from error
 
 
@@ -188,8 +188,8 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         return load_file(path), sha256(path)
     except (OSError, SafetensorError) as error:
         raise RefusedCheckpoint(
-            f"{path} cannot be read ({type(error).__name__}: {error}); it must lie beside the result, as it was written. Measure again with "
-            "-o DIR, or put it back."
+            f"{path} cannot be read ({type(error).__name__}: {error}); it must lie beside the result, as it was written. Measure again "
+            "with -o DIR, or put it back."
         ) from error
 
 

@@ -105,6 +105,8 @@ def by_position(groups: Sequence[Sequence[Shape | None]], decays: Sequence[float
             f"the optimizer's state is of another model: it trains {trained} parameters, the model has {len(own)}"
         )
     refuse_foreign([shape for group in groups for shape in group], own)
+    wanted = [shape for group in groups for shape in group]
+    sure = _sure(wanted, own)
     found: dict[tuple[tuple[str, ...], ...], Order] = {}
     for source, pools in _groupings(groups, decays, own, kind):
         if source == SORTED and found:
@@ -112,14 +114,11 @@ def by_position(groups: Sequence[Sequence[Shape | None]], decays: Sequence[float
         placed = [_placed(pool, group, own) for pool, group in zip(pools, groups, strict=True)]
         if all(place is not None for place in placed):
             names = tuple(place for place in placed if place is not None)
-            sure = all(_sure(pool, group, own) for pool, group in zip(pools, groups, strict=True))
             found.setdefault(names, Order(names, source, sure, sure or decays[0] != decays[1]))
-    wanted = [shape for group in groups for shape in group]
     flat = _placed(tuple(own), wanted, own)
     if flat is not None and not (found and all(shape is None for shape in wanted)):  # without shapes any division fits
         rest = iter(flat)
         names = tuple(tuple(next(rest) for _ in group) for group in groups)
-        sure = _sure(tuple(own), wanted, own)
         found.setdefault(names, Order(names, MODULE, sure, sure or len(groups) == 1))
     if len(found) == 1:
         return next(iter(found.values()))
@@ -226,9 +225,9 @@ def _embedded(pool: Sequence[str], wanted: Sequence[Shape | None], own: Shapes) 
     return tuple(found) if len(found) == len(wanted) else None
 
 
-def _sure(pool: Sequence[str], wanted: Sequence[Shape | None], own: Shapes) -> bool:
-    """Whether every shape is there once, so that no other parameter could stand at its place, whatever the order."""
-    there = Counter(own[name] for name in pool)
+def _sure(wanted: Sequence[Shape | None], own: Shapes) -> bool:
+    """Whether the model has every shape once, so that no other parameter could stand at its place, whatever the order and the groups."""
+    there = Counter(own.values())
     return all(shape is not None and there[shape] == 1 for shape in wanted)
 
 

@@ -131,7 +131,7 @@ def _found(checkpoint: Checkpoint, own: Shapes) -> OptimizerState:
         held.groups,
         dict(_parameters(held, kind, order, own)),
         order.source,
-        order.certain or kind.name == "SGD",
+        order.certain or (kind.name == "SGD" and _complete(held, own)),
         rates(held.groups, checkpoint.schedule),
     )
 
@@ -144,19 +144,24 @@ def _ordered(held: Held, kind: Kind, own: Shapes, checkpoint: Checkpoint) -> Ord
     if kind.name != "SGD":
         return by_position(shapes, decays, own, checkpoint.kind)
     alike = len({_essence(group, kind) for group in held.groups}) == 1
-    if alike and sum(map(len, shapes)) == len(own):
+    if alike and _complete(held, own):
         refuse_foreign([shape for group in shapes for shape in group], own)
         rest = iter(own)
         names = tuple(tuple(next(rest) for _ in group) for group in shapes)
         return Order(names, "one rule for all parameters", certain=False, grouped=True)
     order = by_position(shapes, decays, own, checkpoint.kind)
-    shown = any(shape is not None for group in shapes for shape in group)
     decay_alone = len({_essence({**group, "weight_decay": 0.0}, kind) for group in held.groups}) == 1
-    if not alike and not (order.grouped and (shown or decay_alone)):
+    if not alike and not order.certain and not (order.grouped and decay_alone):
         raise Unusable(
             f"how the optimizer's {len(held.groups)} groups divide the parameters is not known: it has no names"
         )
     return order
+
+
+def _complete(held: Held, own: Shapes) -> bool:
+    """Whether all parameters of a model are trained: then plain rules need no names."""
+    trained = sum(map(len, held.keys))
+    return trained == len(own) and len(held.entries) in (0, trained)
 
 
 def _parameters(held: Held, kind: Kind, order: Order, own: Shapes) -> Iterator[tuple[str, ParameterState]]:

@@ -78,7 +78,7 @@ def confirm(state: OptimizerState, objective: Objective) -> str | None:
 
     Args:
         state: Whose `certain` is False; else nothing is tested.
-        objective: The model at the checkpoint, and data of the kind that it was trained on. With few batches, or many, all are used.
+        objective: The model at the checkpoint, and data of the kind that it was trained on; the more parts it has, the clearer the scores.
 
     Returns:
         None if the assignment is confirmed; otherwise why not, as a sentence without a full stop that fits after "no stability limit: ".
@@ -87,9 +87,9 @@ def confirm(state: OptimizerState, objective: Objective) -> str | None:
         UnsupportedModel: As `Objective.gradient`.
         UnknownObjective: Likewise.
 
-    Cost: one gradient of the data, cut into at least 32 parts where its rows are examples of their own; products of all pairs of
-        tensors of one shape.
-    Accuracy: see the table in docs/concepts/stability.md.
+    Cost: the arithmetic of one gradient of the data, in at least 32 parts where its rows are examples of their own, which is checked first:
+        about the time of six gradients for a small GPT on 32 windows. Products of all pairs of tensors of one shape.
+    Accuracy: of 34 runs of Adam the true order was believed in 26, of 1753 other orders none; see docs/concepts/stability.md.
 
     Example:
         >>> from curvkit.measures.state_evidence import Evidence

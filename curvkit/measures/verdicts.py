@@ -19,10 +19,10 @@ says that the data do not tell, while curvature falls with the loss, for cross-e
 TIGHT = 0.05
 """A measure whose difference is known to be less than this share does not differ."""
 RULE = (
-    f"equal losses are within {EQUAL:.0%} of the larger, or within {WITHIN_DOUBT:.0%} and the 95 % interval of the paired difference. "
-    "Flatter: then lambda_max, trace and adaptive sharpness are all lower, their intervals exclude zero (also with what a search can "
-    "have missed, at 99 %), each by a larger share than the losses differ, and lambda_max by more than the data leave in doubt; sharper "
-    "likewise. Said of this data, not of generalisation"
+    f"losses count as equal within {EQUAL:.0%} of the larger, or within {WITHIN_DOUBT:.0%} and the 95 % interval of their paired difference. "
+    "Flatter: then lambda_max, trace and adaptive sharpness are all lower, by more than their intervals, than what a search can have "
+    "missed (99 %), than the share by which the losses differ, and than the doubt from data; sharper likewise. Of this data, not of "
+    "generalisation"
 )
 """What `judge` does, for people."""
 NAMES = ("lambda_max", "trace", "adaptive sharpness")
@@ -117,7 +117,7 @@ def _curvature(it: Difference, known: Mapping[str, Gap]) -> Verdict:
     values = _values(it)
     undone = _undone(it)
     signs = {name: 0 if undone.get(name) else _sign(gap, values[name], least) for name, gap in known.items()}
-    phrases = {name: _phrase(name, known[name], values[name], signs[name], undone.get(name, False)) for name in known}
+    phrases = {name: _phrase(name, known[name], values[name], least, undone.get(name, False)) for name in known}
     said, total = ", ".join(phrases.values()), sum(signs.values())
     if abs(total) == len(signs):
         word, kind = ("flatter", "flatter") if total < 0 else ("sharper", "sharper")
@@ -178,16 +178,20 @@ def _most(gap: Gap, values: tuple[float, float]) -> float | None:
     return max(abs(gap.low), abs(gap.high)) / max(map(abs, values))
 
 
-def _phrase(name: str, gap: Gap, values: tuple[float, float], sign: int, undone: bool) -> str:
-    """`lambda_max 12% lower`, `trace 3.1 times as large`."""
+def _phrase(name: str, gap: Gap, values: tuple[float, float], least: float, undone: bool) -> str:
+    """`lambda_max 12% lower`, `trace 3.1 times as large`, and why that is not sure where it is not."""
     here, there = values
-    if sign == 0:
-        why = ", as an eigenvalue could have been missed" if undone and gap.sign else ""
-        return f"{name} undecided ({gap.value:+.3g}{why})"
+    share, lower = relative(gap, *values), gap.value < 0.0
+    if gap.sign == 0:
+        return f"{name} undecided ({gap.value:+.3g}, within its interval)"
     if min(values) <= 0.0:
-        return f"{name} {'lower' if sign < 0 else 'higher'} by {abs(gap.value):.3g}"
-    if here > 2.0 * there:
-        return f"{name} {here / there:.3g} times as large"
-    if there > 2.0 * here:
-        return f"{name} {there / here:.3g} times smaller"
-    return f"{name} {100 * abs(here / there - 1.0):.2g}% {'lower' if sign < 0 else 'higher'}"
+        said = f"{name} {'lower' if lower else 'higher'} by {abs(gap.value):.3g}"
+    elif here > 2.0 * there:
+        said = f"{name} {here / there:.3g} times as large"
+    elif there > 2.0 * here:
+        said = f"{name} {there / here:.3g} times smaller"
+    else:
+        said = f"{name} {100 * abs(here / there - 1.0):.2g}% {'lower' if lower else 'higher'}"
+    if share is not None and share <= least:
+        return f"{said} (no more than the losses differ)"
+    return f"{said} (unless an eigenvalue was missed)" if undone else said
