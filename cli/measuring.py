@@ -22,12 +22,15 @@ from .target import Target
 
 if TYPE_CHECKING:
     from curvkit.checkpoints import Checkpoint
+    from curvkit.checkpoints.optimizer_state import OptimizerState, Unassigned
     from curvkit.measures import CrossCheck
     from curvkit.operators import Plan
     from curvkit.resolving import Resolved
     from curvkit.resolving.request import Request
 
 NOT_CONVERGED = 5
+OPTIMIZER = "curvkit.optimizer"
+"""Where a context keeps the state of the optimizer, for commands that have an option `limit`."""
 
 
 class Result(Protocol):
@@ -79,7 +82,28 @@ def resolved_objective(ctx: click.Context, target: Target, data: Data, output: O
         there = len(objective.batches)
         if data.batches is not None and there < data.batches:
             say(f"note: --batches {data.batches}, but the data has only {there}: all of it is used")
+    if ctx.params.get("limit"):
+        ctx.meta[OPTIMIZER] = _optimizer(checkpoint, target, replace(resolved, objective=objective))
     return replace(resolved, objective=objective)
+
+
+def _optimizer(checkpoint: Checkpoint, target: Target, resolved: Resolved) -> OptimizerState | Unassigned:
+    """The state of the optimizer that belongs to these weights, or why there is none."""
+    from curvkit.checkpoints.optimizer_state import Unassigned, optimizer_state
+
+    if target.ema:
+        return Unassigned("the optimizer's state belongs to the weights of the last step, not to the averaged ones")
+    if not resolved.own_data:
+        return Unassigned("bundled text is not the data that was trained on")
+    if target.params:
+        return Unassigned("--params leaves parameters out, and the optimizer moves them all")
+    named = dict(resolved.objective.model.named_parameters())
+    trained = {name: p.shape for name, p in named.items() if p.requires_grad}
+    found = optimizer_state(checkpoint, {name: p.shape for name, p in named.items()})
+    if isinstance(found, Unassigned) and len(trained) < len(named):
+        again = optimizer_state(checkpoint, trained)
+        return found if isinstance(again, Unassigned) else again
+    return found
 
 
 def _choices(checkpoint: Checkpoint) -> Iterator[str]:

@@ -62,7 +62,7 @@ def run(ctx: click.Context, target: Target, resolved: Resolved, it: Measurement[
     """What must be the same for a run to be gone on with: all that a number depends on but its seed, its plan and the machine."""
     from curvkit import results
 
-    how = {"measurement": it.name, "settings": it.settings, "cross_check": it.cross_check}
+    how = {"measurement": it.name, "settings": it.settings, "cross_check": it.cross_check, **it.wanted}
     return {**ground(ctx, target, resolved), **results.plain(how)}
 
 

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from . import cross_checking
+from . import cross_checking, render_stability
 from .progress import counted, duration, styled
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ def remarks(result: Sharpness) -> list[tuple[str, str]]:
         *_residuals(result),
         ("missed", _missed(result)),
         *_data(result),
+        *_scale(result),
+        *render_stability.remarks(result.stability),
         ("cost", _cost(result)),
         ("engine", f"{result.plan} · seed {result.seed}"),
         *cross_checking.remarks(result.cross_check),
@@ -145,7 +147,8 @@ def remarks(result: Sharpness) -> list[tuple[str, str]]:
         made.append(
             ("note", "one start vector shows one copy of a repeated eigenvalue; multiplicities need --block-size")
         )
-    made += [("note", note) for note in result.notes]
+    beside = [note for found in (result.adaptive, result.stability) if found is not None for note in found.notes]
+    made += [("note", note) for note in dict.fromkeys([*result.notes, *beside])]
     if result.unused:
         made.append(("note", f"the loss does not depend on {listed(result.unused)}: zero curvature there"))
     return made
@@ -233,14 +236,31 @@ def _data(result: Sharpness) -> list[tuple[str, str]]:
     return made
 
 
+def _scale(result: Sharpness) -> list[tuple[str, str]]:
+    """Tensors whose length is arbitrary, and the measure that does not depend on it."""
+    made: list[tuple[str, str]] = []
+    if result.scale is not None and (result.scale.invariant or result.scale.notes):
+        made.append(("scale", "; ".join([str(result.scale), *result.scale.notes])))
+    if result.adaptive is not None:
+        low, high = result.adaptive.eigenpairs.intervals[0].tolist()
+        state = "" if result.adaptive.eigenpairs.all_converged else ", not converged"
+        text = f"lambda_max(diag|w| H diag|w|) = {result.adaptive.value:.4g} in [{low:.4g}, {high:.4g}]{state}: per relative change of the "
+        made.append(("adaptive", text + "weights, which rescaling them does not change"))
+    return made
+
+
 def _cost(result: Sharpness) -> str:
     pairs = result.eigenpairs
-    extra = result.products - pairs.products
-    doubt = f" + {extra} for the doubt from data" if extra > 0 else ""
-    return f"{counted(pairs.products, 'product')}{doubt} · {duration(result.seconds)}"
+    beside = {"adaptive sharpness": result.adaptive, "the limit": result.stability}
+    parts = {name: found.products for name, found in beside.items() if found is not None and found.products}
+    parts = {"the doubt from data": result.products - pairs.products - sum(parts.values()), **parts}
+    more = "".join(f" + {products} for {name}" for name, products in parts.items() if products > 0)
+    return f"{counted(pairs.products, 'product')}{more} · {duration(result.seconds)}"
 
 
 def _partial(result: Sharpness) -> str:
+    if result.stage in ("adaptive", "stability"):
+        return "interrupted after the eigenvalues and their doubt were known: what stands beside them is incomplete"
     if result.eigenpairs.recomputed:
         return "interrupted after the eigenvalues were certified: the doubt from data is incomplete"
     return "interrupted while searching: residuals are estimates, and the values can still move"

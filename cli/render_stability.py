@@ -18,6 +18,8 @@ def remarks(found: Stability | None) -> list[tuple[str, str]]:
         return []
     if found.value is None or found.interval is None or found.ratio is None:
         return [("limit", f"no stability limit: {found.reason}")]
+    from curvkit.measures.limit_verdict import CAVEAT
+
     low, high = found.interval
     said = found.verdict or f"no verdict: {found.reason or 'not complete'}"
     made = [
@@ -33,8 +35,8 @@ def remarks(found: Stability | None) -> list[tuple[str, str]]:
         made.append(("other lr", "; ".join(others)))
     if found.legend is not None:
         made.append(("letters", found.legend))
-    made.append(("caution", _caveat()))
-    return [*made, *(("note", note) for note in found.notes)]
+    made.append(("caution", CAVEAT))
+    return made
 
 
 def _largest(found: Stability) -> str:
@@ -42,16 +44,12 @@ def _largest(found: Stability) -> str:
     if value is None or ends is None or math.isinf(value):
         return "no curvature is positive: every learning rate is below the limit of the quadratic model"
     upper = "infinity" if math.isinf(ends[1]) else f"{ends[1]:.4g}"
-    return f"{value:.4g} in [{ends[0]:.4g}, {upper}] is the largest that is stable on the quadratic model at these weights"
+    return (
+        f"{value:.4g} in [{ends[0]:.4g}, {upper}] is the largest that is stable on the quadratic model at these weights"
+    )
 
 
 def _rate(rate: RateRatio) -> str:
     """Another learning rate, as a share of the largest stable one."""
     name = f"{LABELS.get(rate.label, rate.label)} {rate.lr:.4g}"
     return f"{name}: not comparable" if rate.ratio is None else f"{name}: {rate.ratio:.3g} of the limit"
-
-
-def _caveat() -> str:
-    from curvkit.measures.stability_result import CAVEAT
-
-    return CAVEAT

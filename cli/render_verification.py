@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from curvkit.measures.verification import Check
 
 VERDICTS = {True: "holds", False: "DIFFERS", None: "not recomputed"}
-LONGEST = 34
+LONGEST = 24
 """Most characters of a value in the table; the other formats have all of it."""
 
 
@@ -36,7 +36,7 @@ def table(checks: list[Check], title: str, color: str) -> None:
     lines = [(check.what, _short(check.stated), _short(check.recomputed), check.holds) for check in checks]
     for what, stated, recomputed, holds in lines:
         grid.add_row(Text(what), Text(stated), Text(recomputed), _verdict(holds))
-    if console.measure(grid).maximum <= console.width:
+    if console.measure(grid).maximum + 1 <= console.width:
         console.print(grid)
         return
     for what, stated, recomputed, holds in lines:

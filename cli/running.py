@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
 from . import cross_checking, keeping, measuring, records, render
+from .cross_checking import Outcome
 from .data import Data
 from .interrupts import INTERRUPTED, conclude
 from .keeping import Place
@@ -48,28 +49,26 @@ class Measurement(Generic[Measured]):
     plain: Callable[[Measured, str], str]
     table: Callable[[Measured, str], None]
     judge: Callable[[Measured | None], int]
+    wanted: Mapping[str, Any] = field(default_factory=dict)
+    """What else was asked for that numbers depend on."""
 
 
 def run(ctx: click.Context, target: Target, data: Data, output: Lasting, it: Measurement[Measured]) -> int:
     """Measure, and return the exit code."""
     there = keeping.place(output, it.name)
-    with contextlib.ExitStack() as opened:
-        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
-            resolved = measuring.resolved_objective(ctx, target, data, output)
-            cross_checking.refuse(it.cross_check, resolved.objective, it.which)
-            about = records.run(ctx, target, resolved, it) if there is not None else {}
-            earlier = keeping.finished(there, about, output, it.seed, it.read)
-            if earlier is None:
-                journal = opened.enter_context(keeping.journal(there, about, output))
-                steps = it.steps(resolved.objective, journal)
-                followed = measuring.followed(steps, it.name, it.told, target=target, output=output)
-                keeping.save(journal)
-                outcome = cross_checking.compared(it.cross_check, resolved.objective, followed, it.most, output)
-                outcome = replace(outcome, latest=keeping.noted(outcome.latest, journal))
-        name = measuring.title(target, resolved)
-        if earlier is not None:
-            _show(earlier[0], earlier[1], output, it, name)
-            return it.judge(earlier[0])
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
+        resolved = measuring.resolved_objective(ctx, target, data, output)
+        cross_checking.refuse(it.cross_check, resolved.objective, it.which)
+        about = records.run(ctx, target, resolved, it) if there is not None else {}
+        earlier = keeping.finished(there, about, output, it.seed, it.read)
+    name = measuring.title(target, resolved)
+    if earlier is not None:
+        result, document = earlier
+        _show(result, document, output, it, name)
+        return it.judge(result)
+    with keeping.journal(there, about, output) as journal:
+        with contextlib.redirect_stdout(sys.stderr):
+            outcome = _followed(resolved.objective, journal, target, output, it)
         latest, interrupted = outcome.latest, outcome.interrupted
         result = {"interrupted": interrupted} if latest is None else {**latest.to_dict(), "interrupted": interrupted}
         record = records.describe(ctx, target, resolved) | measuring.facts(latest) | ({"run": about} if about else {})
@@ -93,6 +92,16 @@ def run(ctx: click.Context, target: Target, data: Data, output: Lasting, it: Mea
     if outcome.failure is not None:
         raise outcome.failure
     return it.judge(latest)
+
+
+def _followed(
+    objective: Objective, journal: Journal, target: Target, output: Lasting, it: Measurement[Measured]
+) -> Outcome[Measured]:
+    """The measurement itself, and the other library after it."""
+    followed = measuring.followed(it.steps(objective, journal), it.name, it.told, target=target, output=output)
+    keeping.save(journal)
+    outcome = cross_checking.compared(it.cross_check, objective, followed, it.most, output)
+    return replace(outcome, latest=keeping.noted(outcome.latest, journal))
 
 
 def _show(

@@ -106,9 +106,9 @@ def pairing(command: Command) -> Command:
 def compare(
     ctx: click.Context, target: Target, others: tuple[Path, ...], data: Data, pairing: Pairing, md: bool, output: Output
 ) -> int:
-    """Several CHECKPOINTs of one model on the same data, with differences.
+    """Several CHECKPOINTs on the same data, with differences.
 
-    The first one is the reference. Loss, largest eigenvalue, trace and adaptive sharpness of each; differences to the reference are paired,
+    They are of one model, and the first one is the reference. Loss, largest eigenvalue, trace and adaptive sharpness of each; differences to the reference are paired,
     over the parts of the data and over the probes of the trace. A checkpoint is called flatter only at equal loss, and only if the measure
     that no rescaling of the weights changes is lower, too. With --objective all are measured on the data of the first.
     """

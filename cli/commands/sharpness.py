@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import planning, render, running
+from .. import limits, planning, render, running
 from ..budget import Budget, budget
 from ..configured import ConfiguredCommand
 from ..data import Data, data
 from ..failures import say
 from ..groups import option
-from ..measuring import NOT_CONVERGED
+from ..limits import Limit, limit
+from ..measuring import NOT_CONVERGED, OPTIMIZER
 from ..output import Lasting, Output, lasting
 from ..progress import counted
 from ..running import Measurement
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from curvkit.measures import Sharpness, SharpnessSettings
     from curvkit.objectives import Objective
     from curvkit.operators import Forecast
+    from curvkit.results import Journal
 
 HEADING = "Eigenvalues"
 
@@ -65,6 +68,7 @@ HEADING = "Eigenvalues"
     show_default=True,
     help="Also measure how far the result depends on the sample (doubles the cost).",
 )
+@limit
 @budget
 @lasting
 @click.pass_context
@@ -76,6 +80,7 @@ def sharpness(
     block_size: int,
     data: Data,
     data_doubt: bool,
+    limit: Limit,
     budget: Budget,
     lasting: Lasting,
 ) -> int:
@@ -86,19 +91,28 @@ def sharpness(
     fill in. Weights are read as data; nothing in the file is run.
 
     Each eigenvalue comes with a residual that is recomputed by a true product, and with the interval that follows from it. Doubt
-    from the sample of data is measured apart.
+    from the sample of data is measured apart. Where the checkpoint has the state of its optimizer, the largest learning rate at which that
+    would still be stable is said, too.
     """
     settings = _settings(num, which, block_size, data_doubt, budget)
     if budget.plan:
         return planning.planned(ctx, target, data, lasting, partial(_forecast, settings=settings))
-    return running.run(ctx, target, data, lasting, _measurement(settings, budget, lasting))
+    beside = partial(limits.beside, limit, lambda: ctx.meta.get(OPTIMIZER), settings)
+    return running.run(ctx, target, data, lasting, _measurement(settings, budget, lasting, limit, beside))
 
 
-def _measurement(settings: SharpnessSettings, budget: Budget, output: Lasting) -> Measurement[Sharpness]:
+def _measurement(
+    settings: SharpnessSettings, budget: Budget, output: Lasting, limit: Limit, beside: limits.Beside
+) -> Measurement[Sharpness]:
     from curvkit.measures import sharpness_steps
     from curvkit.measures.restored import sharpness_of
 
     search = settings.search
+
+    def steps(objective: Objective, journal: Journal) -> Iterator[Sharpness]:
+        found = sharpness_steps(objective, settings, seed=budget.seed, journal=journal)
+        return beside(objective, journal, found)
+
     return Measurement(
         name="sharpness",
         settings=settings,
@@ -106,13 +120,14 @@ def _measurement(settings: SharpnessSettings, budget: Budget, output: Lasting) -
         cross_check=budget.cross_check,
         which=search.which,
         most=100 * search.num,
-        steps=lambda objective, journal: sharpness_steps(objective, settings, seed=budget.seed, journal=journal),
+        steps=steps,
         told=partial(_told, settings=settings),
         read=sharpness_of,
         beside=_vectors,
         plain=render.sharpness_plain,
         table=lambda result, name: render.sharpness_table(result, f"sharpness of {name}", output.color),
         judge=partial(_judge, output=output),
+        wanted=limits.wanted(limit),
     )
 
 
@@ -169,7 +184,7 @@ def _told(result: Sharpness, settings: SharpnessSettings) -> tuple[float, str]:
 
 def _share(result: Sharpness, settings: SharpnessSettings) -> float:
     """Estimated share of the work done: residuals fall about geometrically, and the data doubt costs as much again."""
-    of_search = 0.5 if settings.data_doubt and settings.search.which != "smallest" else 1.0
+    of_search = 0.4 if settings.data_doubt and settings.search.which != "smallest" else 0.7
     from curvkit.linalg import lanczos
 
     pairs = result.eigenpairs
@@ -183,17 +198,18 @@ def _share(result: Sharpness, settings: SharpnessSettings) -> float:
             else 1 - math.log10(max(worst, 1.0)) / max(math.log10(1 / pairs.tolerance), 1e-9)
         )
         return of_search * min(max(share, 0.02), 0.98)
+    if result.stage == "complete":
+        return 1.0
     after = result.products - pairs.products
-    return (
-        1.0 if result.stage == "complete" else of_search + (1 - of_search) * min(after / max(pairs.products, 1), 0.95)
-    )
+    return of_search + (1 - of_search) * min(after / max(2 * pairs.products, 1), 0.95)
 
 
 def _detail(result: Sharpness) -> str:
     pairs, products = result.eigenpairs, counted(result.products, "product")
     if result.stage == "searching":
         return f"{products}, largest residual {pairs.residuals.max().item():.1e}"
-    return products if result.stage == "complete" else f"doubt from data, {products}"
+    stages = {"complete": "", "adaptive": "adaptive sharpness, ", "stability": "the optimizer's limit, "}
+    return f"{stages.get(result.stage, 'doubt from data, ')}{products}"
 
 
 def _judge(result: Sharpness | None, output: Output) -> int:

@@ -112,6 +112,7 @@ def verify(ctx: click.Context, result: Path, target: Target, data: Data, again: 
 def _document(path: Path) -> dict[str, Any]:
     from curvkit.errors import RefusedCheckpoint
 
+    document: Any = None
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         known = document["schema"] in FILES and "run" in document["record"]
@@ -152,7 +153,7 @@ def _checks(document: dict[str, Any], folder: Path, objective: Objective, again:
 
     rule: Any = again.rule
     residency: Any = again.residency
-    engine = {"residency": residency, "memory_bytes": again.memory, "rule": rule}
+    engine: dict[str, Any] = {"residency": residency, "memory_bytes": again.memory, "rule": rule}
     what = FILES[document["schema"]]
     try:
         told = document["record"].get("files", {}).get(what)

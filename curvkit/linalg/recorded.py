@@ -151,5 +151,6 @@ def digest(vectors: Sequence[Tensor]) -> str:
     hashed = hashlib.blake2b(digest_size=16)
     for v in vectors:
         hashed.update(f"{v.dtype} {tuple(v.shape)} ".encode())
-        hashed.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        bits: Any = v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        hashed.update(bits)
     return hashed.hexdigest()

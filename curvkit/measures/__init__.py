@@ -1,6 +1,8 @@
 """What people want to know of a minimum."""
 
-from curvkit.measures.adaptive import AdaptiveSharpness, adaptive_sharpness, adaptive_sharpness_steps
+from curvkit.measures.adaptive import adaptive_sharpness, adaptive_sharpness_steps
+from curvkit.measures.adaptive_result import AdaptiveSharpness
+from curvkit.measures.companions import Companions
 from curvkit.measures.compared import Difference, Measured, Overlap
 from curvkit.measures.comparison import compare, compare_steps
 from curvkit.measures.comparison_result import Comparison
@@ -24,6 +26,7 @@ from curvkit.measures.verdicts import Verdict
 
 __all__ = [
     "AdaptiveSharpness",
+    "Companions",
     "Comparison",
     "ComparisonSettings",
     "Contributions",

@@ -2,84 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 from torch import Tensor
 
-from curvkit import seeds
 from curvkit.linalg.basis import norm
+from curvkit.measures.adaptive_result import AdaptiveSharpness
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.eigenvalues import SharpnessSettings
+from curvkit.measures.remembering import kept_around, settled_seed
 from curvkit.measures.scaled_search import largest_between
 from curvkit.objectives import Objective
 from curvkit.operators import CurvatureOperator, Scaled
-from curvkit.results import Definition, Eigenpairs, plain
-
-
-@dataclass(frozen=True, eq=False)
-class AdaptiveSharpness:
-    """The largest eigenvalue of diag|w| H diag|w|; a partial result while `stage` is not "complete"."""
-
-    eigenpairs: Eigenpairs
-    """Unit: that of the loss."""
-    definition: Definition
-    """Of H."""
-    loss: float
-    """L at the point."""
-    gradient_norm: float
-    """||diag|w| grad L||, in the unit of the loss."""
-    stage: Literal["searching", "complete"]
-    seed: int
-    seconds: float
-    products: int
-    notes: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        """The value with its interval, and what it belongs to."""
-        low, high = self.eigenpairs.intervals[0].tolist()
-        return f"AdaptiveSharpness({self.value:.6g} in [{low:.6g}, {high:.6g}], {self.stage}; {self.definition})"
-
-    @property
-    def value(self) -> float:
-        """lambda_max(diag|w| H diag|w|)."""
-        return self.eigenpairs.values[0].item()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain values, without vectors.
-
-        Returns:
-            Mappings, lists, numbers and strings.
-        """
-        pairs = self.eigenpairs
-        return plain(
-            {
-                "quantity": "largest eigenvalue of diag|w| H diag|w|",
-                "definition": {**plain(self.definition), "text": str(self.definition)},
-                "value": self.value,
-                "interval": pairs.intervals[0],
-                "residual": pairs.residuals[0],
-                "residuals_recomputed": pairs.recomputed,
-                "residuals_dtype": pairs.residual_dtype,
-                "converged": pairs.all_converged,
-                "tolerance": pairs.tolerance,
-                "upper_bound": pairs.upper_bound,
-                "bounds_confidence": pairs.confidence,
-                "loss": self.loss,
-                "gradient_norm": self.gradient_norm,
-                "products": self.products,
-                "seconds": self.seconds,
-                "seed": self.seed,
-                "stage": self.stage,
-                "notes": self.notes,
-            }
-        )
+from curvkit.results.journal import NOTHING_KEPT, Journal
 
 
 def adaptive_sharpness_steps(
-    objective: Objective, settings: SharpnessSettings | None = None, *, seed: int | None = None
+    objective: Objective,
+    settings: SharpnessSettings | None = None,
+    *,
+    seed: int | None = None,
+    journal: Journal = NOTHING_KEPT,
 ) -> Iterator[AdaptiveSharpness]:
     """Measure adaptive sharpness step by step: one partial result after each product.
 
@@ -87,6 +31,7 @@ def adaptive_sharpness_steps(
         objective: The function.
         settings: As for sharpness; searched is one eigenvalue, in the precision of the model.
         seed: Of the random part of the start vector; None draws one and records it.
+        journal: Where products are kept, and recalled from if the run is gone on with.
 
     Yields:
         Partial results, and last the complete one.
@@ -97,9 +42,9 @@ def adaptive_sharpness_steps(
         UnknownObjective: If loss and data do not fit.
         CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
     """
-    settings, began, seed = settings or SharpnessSettings(), time.perf_counter(), seeds.settle(seed)
+    settings, began, seed = settings or SharpnessSettings(), journal.clock(), settled_seed(journal, seed)
     preflight = settings.checked(objective)
-    operator = settings.operator(objective)
+    operator = settings.operator(objective, journal)
     w = operator.space.join(tensor.detach() for tensor in operator.objective.tensors).to(operator.dtype).abs_()  # [n]
     start: Tensor = operator.gradient * w
 
@@ -107,7 +52,8 @@ def adaptive_sharpness_steps(
         return Scaled(A, w.to(A.device, A.dtype))
 
     result: AdaptiveSharpness | None = None
-    for pairs in largest_between(operator, between, settings, measure="adaptive sharpness", start=start, seed=seed):
+    kept = kept_around(between, journal, "adaptive")
+    for pairs in largest_between(operator, kept, settings, measure="adaptive sharpness", start=start, seed=seed):
         result = AdaptiveSharpness(
             eigenpairs=pairs,
             definition=definition(operator),
@@ -115,13 +61,13 @@ def adaptive_sharpness_steps(
             gradient_norm=norm(start),
             stage="searching",
             seed=seed,
-            seconds=time.perf_counter() - began,
+            seconds=journal.clock() - began,
             products=pairs.products,
             notes=(*objective.notes, *doubts(preflight), *operator.notes),
         )
         yield result
     if result is not None:
-        yield replace(result, stage="complete", seconds=time.perf_counter() - began)
+        yield replace(result, stage="complete", seconds=journal.clock() - began)
 
 
 def adaptive_sharpness(

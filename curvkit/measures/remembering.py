@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -13,12 +14,15 @@ from curvkit.errors import InvalidArgument
 from curvkit.linalg.certificate import OtherArithmetic
 from curvkit.linalg.recorded import recorded
 from curvkit.objectives import Objective
+from curvkit.operators import CurvatureOperator
 from curvkit.operators.batchwise import BatchwiseOperator
 from curvkit.operators.plan import Plan
 from curvkit.results import plain
 from curvkit.results.journal import Journal
 
 Operator = TypeVar("Operator", bound=BatchwiseOperator)
+Around = Callable[[CurvatureOperator], CurvatureOperator]
+"""Puts diagonals around a matrix."""
 
 
 def settled_seed(journal: Journal, seed: int | None) -> int:
@@ -82,6 +86,21 @@ def in_plan(
     made = make(objective, **options)
     journal.decide(f"plan of {name}", plain(made.plan))
     return made
+
+
+def kept_around(between: Around, journal: Journal, name: str) -> Around:
+    """The same diagonals around a matrix, whose products are kept.
+
+    Args:
+        between: Puts them around it.
+        journal: Of the measurement.
+        name: Of what is made; each matrix gets a number, in the order in which they are made.
+
+    Returns:
+        A function like `between`.
+    """
+    numbers = itertools.count()
+    return lambda A: cast(CurvatureOperator, recorded(between(A), journal, f"{name} {next(numbers)}"))
 
 
 def recorded_arithmetic(other: OtherArithmetic, journal: Journal) -> OtherArithmetic:

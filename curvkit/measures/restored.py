@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
+from curvkit.measures.adaptive_result import AdaptiveSharpness
 from curvkit.measures.cross_check_result import CrossCheck
 from curvkit.measures.data_doubt import Halves, Spread
+from curvkit.measures.invariances import ScaleInvariance
 from curvkit.measures.sharpness_result import Sharpness
+from curvkit.measures.stability_result import RateRatio, Stability
 from curvkit.measures.trace_result import Trace, TraceShare
+from curvkit.measures.updates import Update
 from curvkit.operators import Plan
 from curvkit.operators.preflight import Preflight
 from curvkit.results import Definition, Eigenpairs, TraceEstimate
@@ -66,6 +70,9 @@ def sharpness_of(document: Mapping[str, Any]) -> Sharpness:
         else Spread(tuple(spread["quotients"]), tuple(spread["weights"]), _number(spread["stderr"], math.nan)),
         halves=None if halves is None else Halves(tuple(halves["held_out"]), halves["in_sample"]),
         arithmetic=it["search_dtype"],
+        scale=_scale(it["scale_invariance"]),
+        adaptive=_adaptive(it["adaptive_sharpness"]),
+        stability=_stability(it["stability"]),
         **_common(it, record),
     )
 
@@ -113,6 +120,70 @@ def trace_of(document: Mapping[str, Any]) -> Trace:
     )
 
 
+def _scale(it: Mapping[str, Any] | None) -> ScaleInvariance | None:
+    if it is None:
+        return None
+    names = {name: tuple(it[name]) for name in ("invariant", "without_effect", "zero", "notes")}
+    return ScaleInvariance(**names, tensors=it["tensors"], parameters=it["parameters"])
+
+
+def _adaptive(it: Mapping[str, Any] | None) -> AdaptiveSharpness | None:
+    if it is None:
+        return None
+    told = {name: it[name] for name in ("stage", "seed", "seconds", "products")}
+    return AdaptiveSharpness(
+        eigenpairs=_largest(it["value"], it["interval"], converged=it["converged"]),
+        definition=Definition(**{name: value for name, value in it["definition"].items() if name != "text"}),
+        loss=float(it["loss"]),
+        gradient_norm=float(it["gradient_norm"]),
+        notes=tuple(it["notes"]),
+        **told,
+    )
+
+
+def _stability(it: Mapping[str, Any] | None) -> Stability | None:
+    if it is None:
+        return None
+    told = {
+        name: it[name]
+        for name in ("optimizer", "reason", "stage", "idle_mass", "verdict", "seed", "seconds", "products")
+    }
+    rates = tuple(
+        RateRatio(r["label"], r["lr"], r["source"], r["ratio"], None if r["interval"] is None else tuple(r["interval"]))
+        for r in it["rates"]
+    )
+    if it["folded"] is None:
+        return Stability(**told, rates=rates, notes=tuple(it["notes"]))
+    matrix = it["quantity"].removeprefix("lambda_max(").removesuffix(")")
+    update = Update(it["optimizer"], it["lr"], math.nan, gain=2.0 / it["limit_times_lr"], matrix=matrix)
+    return Stability(
+        **told,
+        update=update,
+        eigenpairs=_largest(it["folded"], it["folded_interval"], converged=it["converged"]),
+        rates=rates,
+        reference=it["lr_label"],
+        notes=tuple(it["notes"]),
+    )
+
+
+def _largest(value: float, interval: Any, *, converged: bool) -> Eigenpairs:
+    """One eigenvalue with its interval; what else there was is not in the document."""
+    half = torch.tensor([(interval[1] - interval[0]) / 2], dtype=torch.float64)
+    return Eigenpairs(
+        values=torch.tensor([float(value)], dtype=torch.float64),
+        residuals=half,
+        converged=torch.tensor([converged]),
+        vectors=None,
+        recomputed=True,
+        which="largest",
+        tolerance=math.nan,
+        scale=abs(value),
+        asymmetry=0.0,
+        rounding=0.0,
+        products=0,
+    )
+
+
 def _common(it: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     definition, checks, check = it["definition"], it["preflight"], it["cross_check"]
     return {
@@ -150,6 +221,8 @@ def _preflight(it: Mapping[str, Any]) -> Preflight:
 
 def _cross_check(it: Mapping[str, Any]) -> CrossCheck:
     """Lists were tuples."""
-    known = {field.name: it[field.name] for field in fields(CrossCheck)}
+    known: dict[str, Any] = {field.name: it[field.name] for field in fields(CrossCheck)}
     known["intervals"] = tuple((low, high) for low, high in it["intervals"])
-    return CrossCheck(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+    for name in ("ours", "theirs", "expected", "reasons"):
+        known[name] = tuple(known[name])
+    return CrossCheck(**known)

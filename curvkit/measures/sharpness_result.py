@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from curvkit.measures.adaptive_result import AdaptiveSharpness
 from curvkit.measures.cross_check_result import CrossCheck
 from curvkit.measures.data_doubt import Halves, Spread
+from curvkit.measures.invariances import ScaleInvariance
+from curvkit.measures.stability_result import Stability
 from curvkit.operators import Plan
 from curvkit.operators.preflight import Preflight
 from curvkit.results import Definition, Eigenpairs, plain
 
-Stage = Literal["searching", "spread", "halves", "complete"]
+Stage = Literal["searching", "spread", "halves", "adaptive", "stability", "complete"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,12 @@ class Sharpness:
     notes: tuple[str, ...] = ()
     cross_check: CrossCheck | None = None
     """The same by another library; None if that was not asked."""
+    scale: ScaleInvariance | None = None
+    """Tensors whose length does not matter, so that the eigenvalues are a matter of it; None if that was not asked, or not yet."""
+    adaptive: AdaptiveSharpness | None = None
+    """The largest eigenvalue per relative change of the weights; None if that was not asked, or not yet."""
+    stability: Stability | None = None
+    """How far the optimizer of the checkpoint is from its limit; None if that was not asked, or not yet."""
 
     def __repr__(self) -> str:
         """The value with its interval, and what it belongs to."""
@@ -106,6 +115,9 @@ class Sharpness:
                 "unused_parameters": self.unused,
                 "preflight": None if self.preflight is None else self.preflight.to_dict(),
                 "cross_check": None if self.cross_check is None else self.cross_check.to_dict(),
+                "scale_invariance": None if self.scale is None else self.scale.to_dict(),
+                "adaptive_sharpness": None if self.adaptive is None else self.adaptive.to_dict(),
+                "stability": None if self.stability is None else self.stability.to_dict(),
                 "notes": self.notes,
             }
         )

@@ -3,47 +3,52 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
-from curvkit import seeds
 from curvkit.checkpoints.learning_rates import Rate
-from curvkit.checkpoints.optimizer_state import OptimizerState
+from curvkit.checkpoints.optimizer_state import OptimizerState, Unassigned
 from curvkit.errors import InvalidArgument
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.eigenvalues import SharpnessSettings
 from curvkit.measures.frozen_state import NoLimit, common
 from curvkit.measures.limit_verdict import DECAYED, IDLE, verdict
+from curvkit.measures.remembering import kept_around, settled_seed
 from curvkit.measures.scaled_search import largest_between
 from curvkit.measures.sharpness_result import Sharpness
 from curvkit.measures.stability_result import RateRatio, Stability
+from curvkit.measures.state_evidence import confirm
 from curvkit.measures.updates import Update
 from curvkit.objectives import Objective
 from curvkit.operators import CurvatureOperator
 from curvkit.results import Eigenpairs
+from curvkit.results.journal import NOTHING_KEPT, Journal
+
+CONFIRMED = "that order was tested: the moments fit the gradients on this data"
 
 
 def stability_steps(
     objective: Objective,
-    state: OptimizerState,
+    state: OptimizerState | Unassigned,
     settings: SharpnessSettings | None = None,
     *,
     seed: int | None = None,
     lr: float | None = None,
     known: Sharpness | None = None,
+    journal: Journal = NOTHING_KEPT,
 ) -> Iterator[Stability]:
     """Measure stability step by step: one partial result after each product, so that a caller can show progress and stop.
 
     Args:
         objective: The function.
-        state: Of the optimizer, at these weights.
+        state: Of the optimizer, at these weights. One whose order is not certain is tested on the data first, see `confirm`.
         settings: Tolerance, budget and engine, as for sharpness; searched is one eigenvalue, in the precision of the model.
         seed: Of the random part of the start vector; None draws one and records it.
         lr: What if: all learning rates multiplied so that the largest is this; None takes those of the state.
         known: A sharpness of the same objective. For plain SGD with one rule for all parameters nothing more is searched.
+        journal: Where products are kept, and recalled from if the run is gone on with.
 
     Yields:
         Partial results, and last the complete one; a single one where there is no limit.
@@ -54,49 +59,57 @@ def stability_steps(
         UnknownObjective: If loss and data do not fit.
         CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
     """
-    settings, began = settings or SharpnessSettings(), time.perf_counter()
+    settings, began = settings or SharpnessSettings(), journal.clock()
     if lr is not None and not (math.isfinite(lr) and lr > 0.0):
         raise InvalidArgument(
             f"stability: lr={lr!r} must be positive and finite. Pass the largest learning rate of the groups, or None."
         )
+    if isinstance(state, Unassigned):
+        yield Stability("unknown", state.reason)
+        return
+    refuted = confirm(state, objective)
+    if refuted is not None:
+        yield Stability(state.name, refuted, seconds=journal.clock() - began)
+        return
     rates, label = _rates(state, lr)
     values = next((rate.values for rate in rates if rate.label == label), rates[0].values)
     dtype = torch.promote_types(objective.dtype, torch.float32 if settings.rule == "reverse" else torch.float64)
     update = Update.of(state, objective.parameters, values, dtype=dtype, device=objective.device)
     if isinstance(update, NoLimit):
-        yield Stability(state.name, update.reason, seconds=time.perf_counter() - began)
+        yield Stability(state.name, update.reason, seconds=journal.clock() - began)
         return
-    found = Stability(state.name, None, "searching", update, reference=label, notes=update.notes)
+    said = update.notes if state.certain else (*update.notes, CONFIRMED)
+    found = Stability(state.name, None, "searching", update, reference=label, notes=said)
     if update.constant and known is not None and _has_largest(known.eigenpairs):
         found = replace(found, definition=known.definition, seed=known.seed)
         folded = _folded(known.eigenpairs, update)
-        yield _complete(replace(found, eigenpairs=folded, seconds=time.perf_counter() - began), rates)
+        yield _complete(replace(found, eigenpairs=folded, seconds=journal.clock() - began), rates)
         return
-    seed = seeds.settle(seed)
+    seed = settled_seed(journal, seed)
     preflight = None if known is not None else settings.checked(objective)
-    operator = settings.operator(objective)
+    operator = settings.operator(objective, journal)
     start = operator.gradient
     if isinstance(update.steps, torch.Tensor):
         start = start * update.steps.sqrt()
-    notes = (*objective.notes, *update.notes, *doubts(preflight))
+    notes = (*objective.notes, *said, *doubts(preflight))
     found = replace(found, definition=definition(operator), seed=seed, notes=notes)
     for pairs in largest_between(
         operator,
-        _alone if update.constant else update.operator,
+        kept_around(_alone if update.constant else update.operator, journal, "stability"),
         settings,
         measure="stability",
         start=start,
         seed=seed,
     ):
         folded = _folded(pairs, update) if update.constant else pairs
-        found = replace(found, eigenpairs=folded, products=pairs.products, seconds=time.perf_counter() - began)
+        found = replace(found, eigenpairs=folded, products=pairs.products, seconds=journal.clock() - began)
         yield found
-    yield _complete(replace(found, notes=(*notes, *operator.notes), seconds=time.perf_counter() - began), rates)
+    yield _complete(replace(found, notes=(*notes, *operator.notes), seconds=journal.clock() - began), rates)
 
 
 def stability(
     objective: Objective,
-    state: OptimizerState,
+    state: OptimizerState | Unassigned,
     *,
     seed: int | None = None,
     lr: float | None = None,

@@ -16,15 +16,18 @@ EQUAL = 0.01
 WITHIN_DOUBT = 0.05
 """And by this share at most, if the 95 % interval of their paired difference holds zero. A wide interval alone makes nothing equal: it
 says that the data do not tell, while curvature falls with the loss, for cross-entropy about in proportion."""
-TIGHT = 0.05
-"""A measure whose difference is known to be less than this share does not differ."""
+TIGHT = 0.1
+"""A rescaling of weights is offered as an explanation where the adaptive sharpness differs by this share of what raw curvature does at
+most."""
 RULE = (
-    f"losses count as equal within {EQUAL:.0%} of the larger, or within {WITHIN_DOUBT:.0%} and the 95 % interval of their paired difference. "
+    f"losses count as equal within {EQUAL:.0%} of the larger, or within {WITHIN_DOUBT:.0%} and the 95 % interval of their difference. "
     "Flatter: then lambda_max, trace and adaptive sharpness are all lower, by more than their intervals, than what a search can have "
     "missed (99 %), than the share by which the losses differ, and than the doubt from data; sharper likewise. Of this data, not of "
     "generalisation"
 )
 """What `judge` does, for people."""
+ROUGH = 0.3
+"""A difference whose half-width is more than this share of it is said as a number, not as a ratio."""
 NAMES = ("lambda_max", "trace", "adaptive sharpness")
 
 
@@ -120,7 +123,7 @@ def _curvature(it: Difference, known: Mapping[str, Gap]) -> Verdict:
     phrases = {name: _phrase(name, known[name], values[name], least, undone.get(name, False)) for name in known}
     said, total = ", ".join(phrases.values()), sum(signs.values())
     if abs(total) == len(signs):
-        word, kind = ("flatter", "flatter") if total < 0 else ("sharper", "sharper")
+        word: Kind = "flatter" if total < 0 else "sharper"
         data = it.data
         if data is not None and data.stderr is not None and data.sign != total // len(signs):
             text = f"v'Hv differs by {data.value:+.3g} ± {data.stderr:.2g} over the parts of the data, which is within its doubt"
@@ -128,11 +131,11 @@ def _curvature(it: Difference, known: Mapping[str, Gap]) -> Verdict:
         sample = (
             "" if data is not None and data.stderr is not None else "; how far that depends on the data is not known"
         )
-        return Verdict(kind, f"{word} on this data, at equal loss: {said}{sample}")
+        return Verdict(word, f"{word} on this data, at equal loss: {said}{sample}")
     adaptive = known["adaptive sharpness"]
     bound = _most(adaptive, values["adaptive sharpness"])
-    raw = any(signs[name] for name in NAMES[:2])
-    if signs["adaptive sharpness"] == 0 and raw and bound is not None and bound <= max(TIGHT, least):
+    raw = max((relative(known[name], *values[name]) or 1.0 for name in NAMES[:2] if signs[name]), default=0.0)
+    if signs["adaptive sharpness"] == 0 and raw and bound is not None and bound <= TIGHT * raw:
         text = ", ".join(phrases[name] for name in NAMES[:2])
         return Verdict(
             "rescaled",
@@ -141,7 +144,7 @@ def _curvature(it: Difference, known: Mapping[str, Gap]) -> Verdict:
         )
     if not any(signs.values()):
         return Verdict("alike", f"at equal loss no difference in curvature that is sure: {said}")
-    return Verdict("undecided", f"the measures do not agree: {said}; neither flatter nor sharper")
+    return Verdict("undecided", f"the measures do not all say so: {said}; neither flatter nor sharper")
 
 
 def _undone(it: Difference) -> dict[str, bool]:
@@ -184,8 +187,8 @@ def _phrase(name: str, gap: Gap, values: tuple[float, float], least: float, undo
     share, lower = relative(gap, *values), gap.value < 0.0
     if gap.sign == 0:
         return f"{name} undecided ({gap.value:+.3g}, within its interval)"
-    if min(values) <= 0.0:
-        said = f"{name} {'lower' if lower else 'higher'} by {abs(gap.value):.3g}"
+    if min(values) <= 0.0 or (gap.half_width or 0.0) > ROUGH * abs(gap.value):
+        said = f"{name} {'lower' if lower else 'higher'} by {abs(gap.value):.2g}"
     elif here > 2.0 * there:
         said = f"{name} {here / there:.3g} times as large"
     elif there > 2.0 * here:

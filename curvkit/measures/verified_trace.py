@@ -17,12 +17,14 @@ from curvkit.linalg.basis import norm
 from curvkit.linalg.certificate import PERTURBATION, assumed_error
 from curvkit.linalg.deflation import KrylovSubspace, krylov
 from curvkit.linalg.hutchinson import part_sums, probe
-from curvkit.linalg.maps import LinearMap
+from curvkit.linalg.maps import FunctionMap, LinearMap
 from curvkit.measures.products import other_arithmetic
 from curvkit.measures.restored import trace_of
+from curvkit.measures.trace_result import Trace
 from curvkit.measures.traces import Operator, TraceSettings, lengths_of, trace_steps
 from curvkit.measures.verification import CLOSE, ROUNDED, Check, compared_definitions, compared_point
 from curvkit.objectives import Objective
+from curvkit.results import TraceEstimate
 
 ALONG = 10.0
 """The part of a rounding error along a probe is about its length, seldom more; this many times is allowed."""
@@ -73,9 +75,9 @@ def verify_trace(
         yield from _shares(it, samples, known)
     yield from _interval(document, samples, known)
     if found.method in ("hutchinson", "deflated") and samples is not None and known is not None and len(samples):
-        yield from _probes(operator, stated.seed, (samples, known, found.rank), num_probes)
+        yield from _probes(operator, stated, (samples, known), num_probes)
     else:
-        yield _again(objective, document, engine)
+        yield _again(objective, operator, document, engine)
 
 
 def _interval(document: Mapping[str, Any], samples: Tensor | None, known: Tensor | None) -> Iterator[Check]:
@@ -112,37 +114,45 @@ def _shares(it: Mapping[str, Any], samples: Tensor, known: Tensor) -> Iterator[C
     yield Check("shares of layers", total[0], total[1], _equal(total[0], total[1], sum(map(abs, stated))))
 
 
-def _probes(operator: Operator, seed: int, stated: tuple[Tensor, Tensor, int], num_probes: int) -> Iterator[Check]:
+def _probes(operator: Operator, stated: Trace, tensors: tuple[Tensor, Tensor], num_probes: int) -> Iterator[Check]:
     """Some samples from products; of what is left beside a subspace, if there is one."""
-    samples, known, rank = stated
+    (samples, known), seed, rank = tensors, stated.seed, stated.estimate.rank
     other, _ = other_arithmetic(operator)
     exact: LinearMap = operator if other.reference is None else other.reference
-    lengths, subspace, again = lengths_of(operator), None, 0.0
+    A = _in_precision(exact, stated.definition.dtype)
+    lengths, subspace = lengths_of(operator), None
     if rank:
-        subspace = _subspace(operator, rank, lengths, seed)
-        again = (subspace.known - known).abs().max().item()
+        subspace = _subspace(A, rank, lengths, seed, operator.gradient)
         spread = samples.std(0).max().item() if len(samples) > 1 else 0.0
-        size = known.abs().max().item()
-        yield Check("exact part", known.sum().item(), subspace.known.sum().item(), again <= CLOSE * (size + spread))
+        allowed = CLOSE * (known.abs().max().item() + spread)
+        off = (subspace.known - known).abs().max().item()
+        yield Check("exact part", known.sum().item(), subspace.known.sum().item(), off <= allowed)
     order = torch.randperm(len(samples), generator=seeds.generator(seed, PURPOSE))[:num_probes]
     for index in sorted(order.tolist()):
-        x = probe(operator, seed, index)
+        x = probe(A, seed, index)
         y = exact.matvec(x.to(exact.dtype))
         now = part_sums(x.to(exact.dtype), y, lengths)
-        error = ROUNDED * torch.finfo(torch.float32).eps * norm(y)
+        error = max(ROUNDED * torch.finfo(A.dtype).eps, assumed_error(exact)) * norm(y)
         if other.perturbed:
-            moved = max(norm(P.matvec(x) - y) for P in other.perturbed)
-            error = max(error, PERTURBATION * moved)
-        error = ALONG * max(error, assumed_error(exact) * norm(y))
+            error = max(error, PERTURBATION * max(norm(P.matvec(x.to(P.dtype)) - y) for P in other.perturbed))
+        allowed = ALONG * error
         if subspace is not None:
             now = subspace.sample(x, now, lengths)
-            error = max(error, CLOSE * samples.abs().max().item())
+            allowed = max(allowed, CLOSE * samples.abs().max().item())
         off = (now - samples[index]).abs().max().item()
-        yield Check(f"probe {index + 1}", samples[index].sum().item(), now.sum().item(), off <= error + again)
+        yield Check(f"probe {index + 1}", samples[index].sum().item(), now.sum().item(), off <= allowed)
 
 
-def _subspace(operator: Operator, rank: int, lengths: tuple[int, ...], seed: int) -> KrylovSubspace:
-    building = krylov(operator, rank, lengths=lengths, seed=seed, start=operator.gradient)
+def _in_precision(A: LinearMap, dtype: str) -> LinearMap:
+    """The same map for vectors of the precision of then: normal numbers of another one are other numbers."""
+    stated: torch.dtype = getattr(torch, dtype)
+    if stated == A.dtype:
+        return A
+    return FunctionMap(A.n, lambda v: A.matvec(v.to(A.dtype)).to(stated), dtype=stated, device=A.device)
+
+
+def _subspace(A: LinearMap, rank: int, lengths: tuple[int, ...], seed: int, start: Tensor) -> KrylovSubspace:
+    building = krylov(A, rank, lengths=lengths, seed=seed, start=start)
     while True:
         try:
             next(building)
@@ -150,19 +160,26 @@ def _subspace(operator: Operator, rank: int, lengths: tuple[int, ...], seed: int
             return done.value
 
 
-def _again(objective: Objective, document: Mapping[str, Any], engine: TraceSettings) -> Check:
-    """The same method with the same seed; what it differs by is rounding."""
-    told, before = document["result"]["trace"], document["record"]["run"]["settings"]
+def _again(objective: Objective, operator: Operator, document: Mapping[str, Any], engine: TraceSettings) -> Check:
+    """The same method with the same seed, up to the same product; what it differs by is rounding."""
+    it, record = document["result"], document["record"]
+    told, before, seed = it["trace"], record["run"]["settings"], record["seed"]
     names = {field.name for field in fields(linalg_trace.Settings)}
     search = linalg_trace.Settings(**{k: v for k, v in before["search"].items() if k in names})
-    search = replace(search, max_seconds=None, max_products=max(document["result"]["search_products"] or 0, 2))
-    if document["result"]["by_structure"]:
-        search = replace(search, max_products=before["search"]["max_products"])
-    settings = replace(engine, search=search, structure=before["structure"], preflight=False)
-    *_, now = trace_steps(objective, settings, seed=document["record"]["seed"])
-    allowed = CLOSE * abs(now.value) + 2 * (told["rounding"] or 0.0)
-    holds = now.estimate.method == document["result"]["method"] and abs(now.value - told["value"]) <= allowed
-    return Check(f"{document['result']['method']} again", told["value"], now.value, holds)
+    search = replace(search, max_seconds=None, max_rows=record["plan"]["basis_rows"])
+    now: TraceEstimate | None = None
+    if it["by_structure"]:
+        *_, result = trace_steps(objective, replace(engine, search=search, preflight=False), seed=seed)
+        now = result.estimate
+    else:
+        A, lengths = _in_precision(operator, it["definition"]["dtype"]), lengths_of(operator)
+        for now in linalg_trace.search(A, search, lengths=lengths, seed=seed, start=operator.gradient.to(A.dtype)):
+            if now.method == it["method"] and now.products >= it["search_products"]:
+                break
+    value = math.nan if now is None else now.value
+    allowed = CLOSE * abs(value) + 2 * (told["rounding"] or 0.0)
+    holds = now is not None and now.method == it["method"] and abs(value - told["value"]) <= allowed
+    return Check(f"{it['method']} again", told["value"], value, holds)
 
 
 def _equal(a: float | None, b: float, size: float = 0.0) -> bool:
