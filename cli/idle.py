@@ -27,7 +27,12 @@ def refuse_idle(ctx: click.Context) -> None:
             f"{' and '.join(idle)} {'says' if one else 'say'} how a text is cut, but {why}. "
             f"{'Leave' if function else 'Pass --data PATH or --demo-data, or leave'} {'it' if one else 'them'} out."
         )
-    if _typed(ctx, "fresh") and ctx.params.get("fresh") and ctx.params.get("out") is None and not ctx.params.get("quiet"):
+    if (
+        _typed(ctx, "fresh")
+        and ctx.params.get("fresh")
+        and ctx.params.get("out") is None
+        and not ctx.params.get("quiet")
+    ):
         say("note: --fresh has no effect without -o DIR")
 
 

@@ -212,7 +212,11 @@ def not_written(there: Place, error: OSError, kept: Journal) -> CurvkitError:
     from curvkit.results import StateFolder
 
     again = isinstance(kept, StateFolder) and kept.saved > 0
-    advice = "make room, and type the same with --resume" if again else "keep what was shown, or measure again with another folder"
+    advice = (
+        "make room, and type the same with --resume"
+        if again
+        else "keep what was shown, or measure again with another folder"
+    )
     return CurvkitError(
         f"{there.document} cannot be written ({(error.strerror or str(error)).lower()}), as a folder of -o must be: {advice}."
     )

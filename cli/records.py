@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from .target import Target
 if TYPE_CHECKING:
     from curvkit.resolving import Resolved
 
-    from .running import Measurement
 
 READ = "curvkit.read"
 """Where a context keeps what `identified` said of the checkpoint and of its base when they were read."""
@@ -58,11 +58,10 @@ def describe(ctx: click.Context, target: Target, resolved: Resolved) -> dict[str
     }
 
 
-def run(ctx: click.Context, target: Target, resolved: Resolved, it: Measurement[Any]) -> dict[str, Any]:
+def run(ctx: click.Context, target: Target, resolved: Resolved, how: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to be gone on with: all that a number depends on but its seed, its plan and the machine."""
     from curvkit import results
 
-    how = {"measurement": it.name, "settings": it.settings, "cross_check": it.cross_check, **it.wanted}
     return {**ground(ctx, target, resolved), **results.plain(how)}
 
 

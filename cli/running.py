@@ -59,7 +59,7 @@ def run(ctx: click.Context, target: Target, data: Data, output: Lasting, it: Mea
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
         resolved = measuring.resolved_objective(ctx, target, data, output)
         cross_checking.refuse(it.cross_check, resolved.objective, it.which)
-        about = records.run(ctx, target, resolved, it) if there is not None else {}
+        about = records.run(ctx, target, resolved, _how(it)) if there is not None else {}
         earlier = keeping.finished(there, about, output, it.seed, it.read)
     name = measuring.title(target, resolved)
     if earlier is not None:
@@ -92,6 +92,11 @@ def run(ctx: click.Context, target: Target, data: Data, output: Lasting, it: Mea
     if outcome.failure is not None:
         raise outcome.failure
     return it.judge(latest)
+
+
+def _how(it: Measurement[Any]) -> dict[str, Any]:
+    """What is measured, and with which options."""
+    return {"measurement": it.name, "settings": it.settings, "cross_check": it.cross_check, **it.wanted}
 
 
 def _followed(

@@ -591,7 +591,9 @@ def test_what_the_trainer_left_is_checked(run: tuple[Path, Any], tmp_path: Path)
     torch.save({"param_groups": [Payload(tmp_path / "marker")]}, path / "optimizer.pt")
     found = read_directory(path, load=load)  # the weights do not need it
     assert found.optimizer is None
-    assert any("the optimizer's state was not read: " in note and "Nothing was executed" in note for note in found.notes)
+    assert any(
+        "the optimizer's state was not read: " in note and "Nothing was executed" in note for note in found.notes
+    )
     assert not (tmp_path / "marker").exists()
 
 

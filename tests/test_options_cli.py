@@ -319,7 +319,10 @@ def test_torch_is_not_imported(folder: Path, arguments: list[str]):
         (["--data", "nothing.txt"], "Path 'nothing.txt' does not exist."),
         (["--seq-len", "0"], "0 is not in the range x>=1."),
         (["--tokens", "many"], "'many' is not a valid integer range."),
-        (["--split", "a"], "--split says how a text is cut, but the objective code/train.py:objective brings its own data."),
+        (
+            ["--split", "a"],
+            "--split says how a text is cut, but the objective code/train.py:objective brings its own data.",
+        ),
         (["--data", "code/train.py", "--demo-data"], "--data and --demo-data: the one is your data, the other is not."),
         (["--demo-data", "--no-config"], "--demo-data: text is for language models"),
         (

@@ -23,6 +23,7 @@ Typed = Callable[..., tuple[int, str, str]]
 MEASURED = {
     "sharpness": ("sharpness", *CKPT, "-k", "2", "--tolerance", "1e-4"),
     "hutchinson": ("trace", *CKPT, "--method", "hutchinson", "--max-products", "34"),
+    "differences": ("trace", *CKPT, "--method", "hutchinson", "--max-products", "30", "--rule", "difference"),
     "deflated": ("trace", *CKPT, "--method", "deflated", "--rank", "6", "--max-products", "40"),
     "hutch++": ("trace", *CKPT, "--method", "hutch++", "--rank", "6", "--max-products", "46"),
     "xtrace": ("trace", *CKPT, "--method", "xtrace", "--max-products", "20"),
@@ -92,6 +93,23 @@ def test_a_true_result_holds_by_any_arithmetic(verify: Typed, name: str, how: tu
     code, out, err = verify(str(document(name)), *CKPT, *how, "-q")
     assert (code, err, failing(out)) == (0, "", set())
     assert f"result\t{document(name)} of ckpt.pt" in out
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--rounding", "perturbation"),
+        ("--which", "both", "-k", "3"),
+        ("--which", "smallest"),
+        ("--rule", "difference"),
+        ("--arithmetic", "bfloat16", "--tolerance", "0.02"),
+    ],
+    ids=" ".join,
+)
+def test_a_sharpness_that_was_measured_otherwise_holds(verify: Typed, how: tuple[str, ...]):
+    assert run(["sharpness", *CKPT, "--seed", "0", "--no-data-doubt", "-o", "other", "-q", *how]) == 0
+    code, out, _ = verify("other/sharpness.json", *CKPT)
+    assert (code, failing(out)) == (0, set())
 
 
 def test_an_exact_trace_by_structure_holds(verify: Typed):

@@ -108,9 +108,10 @@ def compare(
 ) -> int:
     """Several CHECKPOINTs on the same data, with differences.
 
-    They are of one model, and the first one is the reference. Loss, largest eigenvalue, trace and adaptive sharpness of each; differences to the reference are paired,
-    over the parts of the data and over the probes of the trace. A checkpoint is called flatter only at equal loss, and only if the measure
-    that no rescaling of the weights changes is lower, too. With --objective all are measured on the data of the first.
+    They are of one model, and the first one is the reference. Loss, largest eigenvalue, trace and adaptive sharpness of each; differences
+    to the reference are paired, over the parts of the data and over the probes of the trace. A checkpoint is called flatter only at equal
+    loss, and only if the measure that no rescaling of the weights changes is lower, too. With --objective all are measured on the data of
+    the first.
     """
     if not others:
         raise click.UsageError(

@@ -120,7 +120,9 @@ def _other(path: Path, head: bytes) -> str:
             "Wait until it is complete, or take an earlier checkpoint."
         )
     if path.suffix == ".onnx":
-        return "a model of ONNX, which is a program. Save the weights from PyTorch: torch.save(model.state_dict(), path)."
+        return (
+            "a model of ONNX, which is a program. Save the weights from PyTorch: torch.save(model.state_dict(), path)."
+        )
     if head[:1] == b"{":
         return "a JSON document, not weights. If it belongs to a model's directory, pass the directory."
     if head[257:262] == b"ustar":

@@ -21,12 +21,16 @@ from curvkit.measures.restored import sharpness_of
 from curvkit.objectives import Objective
 from curvkit.operators import DifferenceHessian, Hessian
 from curvkit.operators.batchwise import BatchwiseOperator
+from curvkit.operators.difference import DifferenceGraph
+from curvkit.operators.plan import Plan
 from curvkit.results import Definition
 
 ROUNDED = 64.0
 """Numbers that differ by less than ROUNDED eps of their size may be the same; rounding that is stated to be more is measured again."""
 LENIENT = 30.0
 """A stated rounding may be so many times what is measured now: two draws of perturbations differ by less."""
+DIFFERENCES = 1e-6
+"""Error of a product by differences of gradients relative to ||H||; smooth networks show 1e-9 and less."""
 CLOSE = 1e-3
 """The norm of a gradient that nearly vanishes, and curvature of a single batch, round more than sums over all the data."""
 
@@ -80,7 +84,8 @@ def verify_sharpness(
     size = values.abs().max().item()
     scale = size if pairs.scale <= (1 + CLOSE) * size else max(size, _largest(operator))
     yield Check("scale", pairs.scale, scale, abs(pairs.scale - scale) <= 0.1 * scale)
-    possible = _possible_rounding(objective, vectors, pairs.residual_dtype, pairs.rounding, scale)
+    usual = usual_error(stated.plan, getattr(torch, pairs.residual_dtype)) * scale
+    possible = _possible_rounding(objective, vectors, pairs.rounding, usual)
     yield Check("rounding", pairs.rounding, possible, pairs.rounding <= possible)
     slack = min(pairs.rounding, possible) + error
     found = zip(rows, values.tolist(), residuals.tolist(), strict=True)
@@ -181,10 +186,22 @@ def _largest(operator: Hessian | DifferenceHessian) -> float:
     return found.values.abs().max().item()
 
 
-def _possible_rounding(objective: Objective, vectors: Tensor, dtype: str, stated: float, scale: float) -> float:
-    """How large the rounding of a product in that precision can be; measured where more than usual is stated."""
-    usual = ROUNDED * torch.finfo(getattr(torch, dtype)).eps * scale
-    if stated <= usual or dtype != "float32":
+def usual_error(plan: Plan, dtype: torch.dtype) -> float:
+    """The error of a product relative to ||H|| that is believed without being measured again.
+
+    Args:
+        plan: By which products were computed.
+        dtype: In which they were.
+
+    Returns:
+        64 eps; 1e-6 for differences of gradients.
+    """
+    return DIFFERENCES if plan.rule == DifferenceGraph.rule else ROUNDED * torch.finfo(dtype).eps
+
+
+def _possible_rounding(objective: Objective, vectors: Tensor, stated: float, usual: float) -> float:
+    """How large the rounding of a product can be: measured in float32 where more than usual is stated."""
+    if stated <= usual:
         return usual
     operator = Hessian(objective.converted(dtype=torch.float32))
     other, _ = other_arithmetic(operator, "perturbation")

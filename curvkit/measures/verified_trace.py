@@ -22,7 +22,7 @@ from curvkit.measures.products import other_arithmetic
 from curvkit.measures.restored import trace_of
 from curvkit.measures.trace_result import Trace
 from curvkit.measures.traces import Operator, TraceSettings, lengths_of, trace_steps
-from curvkit.measures.verification import CLOSE, ROUNDED, Check, compared_definitions, compared_point
+from curvkit.measures.verification import CLOSE, Check, compared_definitions, compared_point, usual_error
 from curvkit.objectives import Objective
 from curvkit.results import TraceEstimate
 
@@ -132,7 +132,7 @@ def _probes(operator: Operator, stated: Trace, tensors: tuple[Tensor, Tensor], n
         x = probe(A, seed, index)
         y = exact.matvec(x.to(exact.dtype))
         now = part_sums(x.to(exact.dtype), y, lengths)
-        error = max(ROUNDED * torch.finfo(A.dtype).eps, assumed_error(exact)) * norm(y)
+        error = max(usual_error(stated.plan, A.dtype), assumed_error(exact)) * norm(y)
         if other.perturbed:
             error = max(error, PERTURBATION * max(norm(P.matvec(x.to(P.dtype)) - y) for P in other.perturbed))
         allowed = ALONG * error
