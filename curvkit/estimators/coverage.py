@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvkit.errors import CurvkitError, UnsupportedModel
 from curvkit.estimators.recording import Recording, grouped
-from curvkit.losses.batches import rows, take_rows
+from curvkit.losses.batches import rows, take_rows, tensors
 from curvkit.objectives import Objective
 from curvkit.operators.independence import rows_are_independent
 
@@ -30,64 +31,89 @@ class Coverage:
     """The others, with the reason."""
 
 
-def coverage(objective: Objective, index: int = 0) -> Coverage:
-    """Hold the rules against torch.autograd, on two examples of a batch taken alone and together.
+def coverage(objective: Objective) -> Coverage:
+    """Hold the rules against torch.autograd, on two examples of a batch taken alone and together, for batches of every shape.
 
-    The gradient of an example's share of the loss by the rules, with the whole batch run, must be that of the example run alone: this fails
-    where a parameter is used in a call without a rule, where examples lie elsewhere than the shapes suggest, and where they are coupled.
+    A parameter is refused that enters a call without a rule; and one whose gradient of an example, by the rules and with the whole batch
+    run, is not that of the example run alone: where examples lie elsewhere than the shapes suggest, or are coupled.
 
     Args:
         objective: The function; its loss is a sum over examples.
-        index: Of the batch.
 
     Returns:
         Which parameters are covered.
 
     Raises:
         UnsupportedModel: If the examples of a batch are coupled, or not to be told apart.
+        CurvkitError: If the gradient is not finite.
 
-    Cost: one pass over the batch without gradients of the parameters, and two gradients of one example.
+    Cost: for each shape of batches one pass without gradients of the parameters, and two gradients of one example.
     """
     refuse_coupled(objective)
+    refused: dict[str, str] = {}
+    shapes: dict[tuple[Any, ...], int] = {}
+    for index, batch in enumerate(objective.batches):
+        shapes.setdefault(tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors(batch)), index)
+    for index in shapes.values():
+        refused |= _refused(objective, index)
+    return Coverage(tuple(name for name in objective.parameters.names if name not in refused), refused)
+
+
+def refuse_uncovered(estimator: str, refused: Mapping[str, str], ruled: Collection[str]) -> None:
+    """Refuse a batch that uses a parameter in another way than those that were looked at.
+
+    Args:
+        estimator: For the message.
+        refused: Of the recording of this batch.
+        ruled: Of the coverage.
+
+    Raises:
+        UnsupportedModel: Naming the parameter.
+    """
+    for name in refused:
+        if name in ruled:
+            raise UnsupportedModel(
+                f"{estimator}: one batch uses {name} in another way than the first of its shape ({refused[name]}): the model takes another "
+                "path for some data. Leave the parameter out by patterns, or use Hutchinson."
+            )
+
+
+def _refused(objective: Objective, index: int) -> dict[str, str]:
+    """The parameters whose rules do not hold on a batch, with the reason."""
     batch, space = objective.batches[index], objective.parameters
     count = rows(batch) or 0
-    parameters = {name: tensor for name, tensor in zip(space.names, objective.tensors, strict=True)}
+    parameters: Any = dict(zip(space.names, objective.tensors, strict=True))
+    first = slice(0, min(EXAMPLES, count))
     with objective.measuring():
-        with Recording(parameters, count) as recording:  # type: ignore[arg-type]
+        with Recording(parameters, count) as recording:
             outputs, targets = objective.outputs(index)
         total = objective.terms_of(outputs, targets).total
         found = grouped(recording.uses, _gradients(total, [use.output for use in recording.uses]))
-        first = slice(0, min(EXAMPLES, count))
         by_rules = {
             name: sum((form.gradients(g, first) for form, g in uses), start=torch.zeros(()))
             for name, uses in found.items()
             if name not in recording.refused
         }
-    alone: list[list[Tensor]] = []
-    for row in range(first.stop):
-        one = objective.with_batches([take_rows(batch, torch.tensor([row]))])
-        with one.measuring():
-            found_alone = _gradients(one.terms(0).total, list(one.tensors))
-            alone.append(
-                [torch.zeros_like(p) if g is None else g for p, g in zip(one.tensors, found_alone, strict=True)]
-            )
+    alone = [_alone(objective, index, row) for row in range(first.stop)]
     largest = max((g.abs().max().item() for row in alone for g in row if g.numel()), default=0.0)
-    limit = AGREES * torch.finfo(objective.dtype).eps * largest
-    refused = dict(recording.refused)
+    limit, refused = AGREES * torch.finfo(objective.dtype).eps * largest, dict(recording.refused)
     for position, name in enumerate(space.names):
-        if name in refused:
-            continue
         truth = torch.stack([row[position] for row in alone])
-        if name not in by_rules:
-            if bool((truth != 0).any()):
-                refused[name] = "it is used in a call that has no rule"
+        if name in refused or not truth.numel():
             continue
-        difference = (by_rules[name] - truth).abs().max().item() if truth.numel() else 0.0
+        difference = (by_rules.get(name, torch.zeros_like(truth)) - truth).abs().max().item()
         if not difference <= limit:
-            refused[name] = (
-                f"the rules give another gradient than torch.autograd (by {difference / largest:.1e} of the largest)"
-            )
-    return Coverage(tuple(name for name in space.names if name not in refused), refused)
+            by = f"by {difference / largest:.1e} of the largest"
+            refused[name] = f"the rules give another gradient than torch.autograd ({by})"
+    return refused
+
+
+def _alone(objective: Objective, index: int, row: int) -> list[Tensor]:
+    """The gradient of one example's share of the loss, by autograd."""
+    one = objective.with_batches([take_rows(objective.batches[index], torch.tensor([row]))])
+    with one.measuring():
+        found = _gradients(one.terms(0).total, list(one.tensors))
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(one.tensors, found, strict=True)]
 
 
 def refuse_coupled(objective: Objective) -> None:

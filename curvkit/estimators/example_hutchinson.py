@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
-from curvkit.estimators.coverage import coverage, refuse_not_finite
+from curvkit.estimators.coverage import coverage, refuse_not_finite, refuse_uncovered
 from curvkit.estimators.probing import Probing
 from curvkit.losses.batches import rows
 from curvkit.objectives import Objective
@@ -117,6 +117,7 @@ def _sample(
         signs = {name: piece.view(own[name].shape) for name, piece in zip(shared, pieces, strict=True)}
     with probing:
         outputs, targets = outputs_at(objective, index, {n: own[n] + probing.eps * signs[n] for n in shared})
+    refuse_uncovered("ExampleHutchinson", probing.refused, ruled)
     terms = objective.terms_of(outputs, targets)
     found = probing.diagonal(terms.total, {name: own[name] for name in shared})
     for name in shared:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.coverage import Coverage, coverage, refuse_not_finite
+from curvkit.estimators.coverage import Coverage, coverage, refuse_not_finite, refuse_uncovered
 from curvkit.estimators.forms import CHUNK_BYTES
 from curvkit.estimators.recording import Recording, grouped, summed_squares
 from curvkit.losses.batches import inputs_and_targets, rows
@@ -81,6 +81,7 @@ class ExampleSquares:
         }
         with Recording(parameters, rows(objective.batches[index]) or 0) as recording:
             outputs, targets = objective.outputs(index)
+        refuse_uncovered(self.estimator, recording.refused, self.coverage.ruled)
         weight = objective.terms_of(outputs.detach(), targets).weight
         total = {name: torch.zeros_like(p) for name, p in zip(space.names, objective.tensors, strict=True)}
         calls = [use.output for use in recording.uses]

@@ -32,7 +32,7 @@ class Hutchinson:
     Cost: m products of about two gradients.
 
     Example:
-        >>> import torch.nn.functional as F
+        >>> import torch, torch.nn.functional as F
         >>> x = torch.eye(3)
         >>> objective = Objective(torch.nn.Linear(3, 1, bias=False), F.mse_loss, [(x, x[:, :1])])
         >>> Hutchinson(num_probes=2).estimate(objective, seed=0).values["weight"]   # H = 2/3 I: no two probes differ

@@ -31,7 +31,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensor: Tensor, num_examples: int, *, positions: bool) -> Layout:
-        """Tell from the shape; `Rules` checks it with numbers before it is used.
+        """Tell from the shape; `coverage` checks it with numbers, for batches of every shape.
 
         Args:
             tensor: Output of a call.

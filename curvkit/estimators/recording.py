@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from curvkit.errors import UnsupportedModel
 from curvkit.estimators.forms import Form
@@ -51,9 +52,9 @@ class Recording(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and record it."""
         kwargs, rule = kwargs or {}, RULES.get(func)
-        found = [name for value in (*args, *kwargs.values()) if (name := self.name(value)) is not None]
+        found = {name for value in tree_leaves((args, kwargs)) if (name := self.name(value)) is not None}
         if rule is None or not found:
-            return func(*args, **kwargs)
+            return self._without_rule(func, func(*args, **kwargs), found)
         try:
             output = func(*args, **kwargs)
             try:
@@ -66,7 +67,17 @@ class Recording(TorchFunctionMode):
         except UnsupportedModel as error:
             self.refused |= dict.fromkeys(found, str(error))
             return func(*args, **kwargs)
+        self._without_rule(func, output, found - {form.name for form in forms})
         return self.recorded(forms, output) if forms else output
+
+    def _without_rule(self, func: Any, output: Any, found: set[str]) -> Any:
+        """Refuse parameters that enter a call in a way that has no rule, if what comes out depends on them; return the output."""
+        if found and any(
+            isinstance(made, Tensor) and made.requires_grad and not self.name(made) for made in tree_leaves(output)
+        ):
+            called = getattr(func, "__name__", str(func))
+            self.refused |= dict.fromkeys(found, f"it is used in {called}, which has no rule for it")
+        return output
 
     def recorded(self, forms: tuple[Form, ...], output: Tensor) -> Tensor:
         """Keep a use.
