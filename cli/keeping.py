@@ -91,20 +91,22 @@ def finished(
     if there is None or not output.resume or not there.document.exists():
         return None
     from curvkit.errors import InvalidArgument, RefusedCheckpoint
-    from curvkit.results import differences
+    from curvkit.results import differences, environment
+    from curvkit.results.manifest import rounding
 
     advice = "choose another folder, or pass --fresh, which replaces it"
     try:
         document = json.loads(there.document.read_text(encoding="utf-8"))
         before, drawn = document["record"]["run"], document["record"]["seed"]
+        apart = rounding(document["record"]["environment"], environment())
         complete = not document["result"]["interrupted"]
         result = read(document) if complete else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
         raise RefusedCheckpoint(
             f"{there.document} is not a result that --resume could go on from ({type(error).__name__}: {error}); it must be one that "
             f"curvkit {there.name} -o has written. To measure anew {advice}."
         ) from error
-    different = [*differences(before, run)]
+    different = [*differences(before, run, rounding=apart)]
     if seed not in (None, drawn):
         different.append(f"seed was {drawn} and is {seed}")
     if different:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,18 @@ class Limit:
     adaptive: bool | None
 
 
+def _checked(ctx: click.Context, parameter: click.Parameter, lr: float | None) -> float | None:
+    if lr is not None and not math.isfinite(lr):
+        raise click.BadParameter(f"{lr} is no learning rate. Write a finite number above 0, for example 0.001.")
+    return lr
+
+
+def refuse_idle(it: Limit) -> None:
+    """Refuse a learning rate that nothing is done with."""
+    if it.lr is not None and not it.limit:
+        raise click.UsageError("--lr asks what the limit would be, and --no-limit leaves it out: pass one of them.")
+
+
 def limit(command: Command) -> Command:
     """The optimizer's limit and adaptive sharpness."""
     return grouped(
@@ -43,6 +56,7 @@ def limit(command: Command) -> Command:
         option(
             "--lr",
             type=click.FloatRange(min=0.0, min_open=True),
+            callback=_checked,
             metavar="LR",
             help="What if: the limit at this learning rate, all groups scaled together.",
         ),
@@ -72,6 +86,6 @@ def beside(
 
     result: Sharpness | None = None
     for result in steps:
-        yield replace(result, stage="halves") if result.stage == "complete" else result
+        yield replace(result, stage="adaptive") if result.stage == "complete" else result
     if result is not None and result.stage == "complete":
         yield from Companions(state(), it.lr, it.adaptive).steps(objective, result, settings, journal=journal)

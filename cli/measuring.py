@@ -17,7 +17,7 @@ from .data import Data
 from .failures import harmless, say
 from .output import Output
 from .progress import ProgressLine
-from .records import NOTES, READ, identified
+from .records import NOTES, OPTIMIZER, READ, identified
 from .target import Target
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from curvkit.resolving.request import Request
 
 NOT_CONVERGED = 5
-OPTIMIZER = "curvkit.optimizer"
-"""Where a context keeps the state of the optimizer, for commands that have an option `limit`."""
 
 
 class Result(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import identity
 from .failures import say
 from .output import Output
 from .target import Target
@@ -24,6 +24,8 @@ READ = "curvkit.read"
 """Where a context keeps what `identified` said of the checkpoint and of its base when they were read."""
 OTHERS = re.compile(r"\.|checkpoint-\d+$")
 """Directories within a checkpoint's that are not its own: hidden ones, and other checkpoints of the run."""
+OPTIMIZER = "curvkit.optimizer"
+"""Where it keeps the state of the optimizer, for commands that have an option `limit`."""
 NOTES = "curvkit.notes"
 """Where it keeps what was noted while the objective was found."""
 
@@ -62,7 +64,7 @@ def run(ctx: click.Context, target: Target, resolved: Resolved, how: Mapping[str
     """What must be the same for a run to be gone on with: all that a number depends on but its seed, its plan and the machine."""
     from curvkit import results
 
-    return {**ground(ctx, target, resolved), **results.plain(how)}
+    return {**ground(ctx, target, resolved), **identity.function(resolved.objective), **results.plain(how)}
 
 
 def ground(ctx: click.Context, target: Target, resolved: Resolved) -> dict[str, Any]:
@@ -74,7 +76,8 @@ def ground(ctx: click.Context, target: Target, resolved: Resolved) -> dict[str, 
     source = _objective_source(target)
     return results.plain(
         {
-            "checkpoint": _digests(read),
+            "checkpoint": {**_digests(read), "parameters_and_buffers": identity.weights(objective)},
+            **identity.optimizer(ctx.meta.get(OPTIMIZER)),
             "weights": target.key or ("ema" if target.ema else None),
             "objective": source.get("sha256") or results.without_folders(resolved.source),
             "arguments": [f"{key}={value}" for key, value in target.set],
@@ -180,9 +183,9 @@ def destination(output: Output, name: str) -> Path | None:
 def write(path: Path, document: dict[str, Any], output: Output) -> None:
     """Write under another name and then rename, so that a reader sees all of it or nothing."""
     from curvkit import results
+    from curvkit.results.files import replaced
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(results.to_json(document) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = results.to_json(document) + "\n"
+    replaced(path, lambda part: part.write_text(text, encoding="utf-8"))
     if not output.quiet:
         say(f"wrote {path}")

@@ -224,7 +224,7 @@ def _data(result: Sharpness) -> list[tuple[str, str]]:
         else:
             text = f"{halves.lower:.4g} on the half held out; the value in sample has not converged and is no upper end"
         made.append(("two halves", text))
-    if not made and result.stage != "complete":
+    if not made and result.stage in ("searching", "spread", "halves"):
         made.append(("data", "not measured yet"))
     elif not made:
         made.append(

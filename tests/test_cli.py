@@ -770,6 +770,7 @@ REMARKS = [
     "missed",
     "data",
     "two halves",
+    "limit",
     "cost",
     "engine",
     "note",
@@ -847,22 +848,23 @@ def test_the_table_shows_every_digit_at_any_width(sharpness: Typed, monkeypatch:
 
 
 def test_what_is_not_known_is_not_claimed(sharpness: Typed):
-    _, out, _ = sharpness("ckpt.pt", *OBJECTIVE, "--seed", "0", "--max-products", "3")
+    quick = (*FAST, "--no-preflight", "--no-limit")
+    _, out, _ = sharpness("ckpt.pt", *OBJECTIVE, "--seed", "0", "--no-preflight", "--max-products", "3")
     assert "on the half held out; the value in sample has not converged and is no upper end" in out
-    _, out, _ = sharpness("ckpt.pt", *FAST)
+    _, out, _ = sharpness("ckpt.pt", *quick)
     assert (
         "doubt from the sample not measured: it takes --data-doubt, and two batches or a loss whose terms are known"
         in out
     )
-    _, out, _ = sharpness("ckpt.pt", *FAST, "--block-size", "2")
+    _, out, _ = sharpness("ckpt.pt", *quick, "--block-size", "2")
     assert "no claim: the residual shows that there is an eigenvalue, not that none lies beyond it" in out
     assert "one start vector" not in out
-    _, out, _ = sharpness("ckpt.pt", *FAST, "-k", "51")
+    _, out, _ = sharpness("ckpt.pt", *quick, "-k", "51")
     assert "nothing: the whole space was spanned" in out
-    _, out, _ = sharpness("ckpt.pt", *FAST, "--which", "smallest")
+    _, out, _ = sharpness("ckpt.pt", *quick, "--which", "smallest")
     assert "no eigenvalue lies below -" in out
     assert "above" not in next(line for line in out.splitlines() if line.startswith("missed"))
-    _, out, _ = sharpness("ckpt.pt", *FAST, "--which", "both", "-k", "2")
+    _, out, _ = sharpness("ckpt.pt", *quick, "--which", "both", "-k", "2")
     assert re.search(r"no eigenvalue lies above \S+ \(a gap of \S+\) or below -", out)
 
 
@@ -972,6 +974,10 @@ def test_progress_speaks_of_the_doubt_from_data_only_where_it_is_measured(
     assert re.fullmatch(r"1 product, largest residual \S+", details[0])
     assert re.fullmatch(r"2 products, largest residual \S+", details[1])
     assert re.fullmatch(r"\d+ products", details[-1])
+    assert not any("data" in detail or "adaptive" in detail or "limit" in detail for detail in details)
+    details.clear()
+    sharpness("ckpt.pt", *FAST, "--adaptive")
+    assert any(re.fullmatch(r"adaptive sharpness, \d+ products", detail) for detail in details)
     assert not any("data" in detail for detail in details)
     details.clear()
     sharpness("ckpt.pt", *OBJECTIVE, "--seed", "0")
@@ -1202,7 +1208,12 @@ def test_ctrl_c_during_the_search_shows_what_is_known(folder: Path, format: str)
     started.interrupt()
     code, out, err = started.end()
     assert code == 130
-    assert err.splitlines()[-2:] == ["wrote out/sharpness.json", "Interrupted."]
+    wrote, ended = err.splitlines()[-2:]
+    assert wrote == "wrote out/sharpness.json"
+    assert ended.startswith(
+        "Interrupted. What was computed is kept. To go on: curvkit sharpness ckpt.pt --objective slow"
+    )
+    assert ended.endswith("-o out --residency streamed --resume")
     assert "Traceback" not in err
     kept = json.loads((folder / "out" / "sharpness.json").read_text())["result"]
     found = result(out) if format == "json" else kept
@@ -1264,7 +1275,9 @@ def test_a_second_ctrl_c_ends_at_once(folder: Path):
     assert err.endswith("\nInterrupted.\n")
 
 
-@pytest.mark.parametrize("after", [0.0, 0.002, 0.01, 0.05, 0.2])
+@pytest.mark.parametrize(
+    "after", [0.0, *(pytest.param(after, marks=pytest.mark.slow) for after in (0.002, 0.01, 0.05, 0.2))]
+)
 def test_two_quick_ctrl_c_end_with_the_code_too(folder: Path, after: float):
     """Wherever the second comes: in the product, while the result is shown, while Python ends."""
     started = Run(folder, "--residency", "streamed", "--tol", "1e-6", "--json")
@@ -1436,6 +1449,7 @@ def test_the_page_lists_every_option_and_splits_both_ends_as_the_code_does():
 # ---- the whole way --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_from_an_empty_folder_to_a_number(folder: Path):
     done = curvkit("demo", "demo-run", "--steps", "20", "--saves", "2", cwd=folder)
     assert done.returncode == 0

@@ -368,6 +368,7 @@ def test_a_function_with_one_model_for_all_is_refused(compare: Typed, monkeypatc
 # ---- Ctrl-C ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_interrupt_prints_what_is_known(tmp_path: Path):
     arguments = ("compare", "a.pt", "b.pt", "--objective", "train.py:slow", "--json", "--no-preflight")
     process = subprocess.Popen(

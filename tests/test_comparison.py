@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ from curvkit import BatchLoss, Objective, ParameterSpace, seeds
 from curvkit.errors import CurvkitError, InvalidArgument, UnknownObjective
 from curvkit.linalg import DenseMap, lanczos
 from curvkit.linalg.certificate import OtherArithmetic
+from curvkit.losses.sameness import alike
 from curvkit.measures import Comparison, ComparisonSettings, Contributions, Gap, ProbedTrace, compare, compare_steps
 from curvkit.measures.probed_trace import probed_trace_steps
 from curvkit.measures.verdicts import relative
@@ -586,6 +588,103 @@ def test_other_losses_modes_and_data_are_refused():
         match="b is measured on other data than a: 24 examples in 2 batches, there 24 examples in 2 batches",
     ):
         compare({"a": objective(0), "b": moved})
+
+
+def weighted(seed: int, values: list[float], dtype: torch.dtype = torch.float64) -> Objective:
+    weight = torch.tensor(values, dtype=dtype)
+    return Objective(net(seed=seed).to(dtype), nn.CrossEntropyLoss(weight=weight), cut(ROWS, *examples(dtype)))
+
+
+def test_losses_with_other_tensors_are_refused():
+    """Class weights are printed as "...", so that names alone would take them for one."""
+    with pytest.raises(
+        UnknownObjective, match="2 is measured by another loss than 1: its weight has other values. Numb"
+    ):
+        compare([weighted(0, [1.0, 1.0, 1.0]), weighted(0, [1.0, 1.0, 20.0])])
+    thirds = [1 / 3, 0.5, 1.0]  # those of float32 are no others
+    found = compare([weighted(0, thirds, torch.float32), weighted(0, thirds)], probes=2, seed=0)
+    assert found.points[1].notes == ()
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(factor, dtype=torch.float64))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        return self.get_buffer("factor") * F.cross_entropy(outputs, targets, reduction="sum"), len(targets)
+
+
+def times(factor: float) -> Any:
+    def scaled(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        return factor * F.cross_entropy(outputs, targets, reduction="sum"), len(targets)
+
+    return scaled
+
+
+def test_losses_of_the_users_own_are_told_apart_as_far_as_can_be_seen():
+    data = cut(ROWS, *examples(torch.float64))
+
+    def notes(*losses: Any) -> tuple[str, ...]:
+        its = [Objective(net(seed=seed).double(), loss, data) for seed, loss in enumerate(losses)]
+        *_, found = _first(compare_steps(its), 2)
+        assert found.points[0].notes == ()
+        return found.points[1].notes
+
+    said = (
+        "the loss scaled is a function of its own at each point: whether it is the reference's cannot be seen from here"
+    )
+    assert notes(times(2.0), times(2.0)) == ()
+    assert notes(times(2.0), times(3.0)) == (said,)
+    assert notes(Scale(2.0), Scale(2.0)) == ()
+    with pytest.raises(
+        UnknownObjective, match="another loss than 1: the factor of its Scale has other values. Numbers"
+    ):
+        notes(Scale(2.0), Scale(3.0))
+
+
+def endless() -> Any:
+    def again(count: int) -> Any:
+        return again(count - 1) if count else 0.0
+
+    return again
+
+
+def unfilled() -> Any:
+    def never() -> Any:
+        return value
+
+    if math.isnan(0.0):
+        value = 1.0
+    return never
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (1, 1, True),
+        (1, 1.0, False),
+        ([1, "a"], [1, "a"], True),
+        ([1], [1, 2], False),
+        ({"a": torch.ones(2)}, {"a": torch.ones(2)}, True),
+        ({"a": torch.ones(2)}, {"a": torch.zeros(2)}, False),
+        (torch.ones(2), torch.ones(3), False),
+        (functools.partial(times, 2.0), functools.partial(times, 2.0), True),
+        (functools.partial(times, 2.0), functools.partial(times, 3.0), False),
+        (Scale(1.0).forward, Scale(1.0).forward, True),
+        (Scale(1.0).forward, Scale(2.0).forward, False),
+        (nn.Sequential(nn.ReLU(), Scale(1.0)), nn.Sequential(nn.ReLU(), Scale(1.0)), True),
+        (nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()), False),
+        (nn.HuberLoss(delta=1.0), nn.HuberLoss(delta=2.0), False),
+        (Scale(1.0), 1.0, False),
+        (endless(), endless(), False),
+        (unfilled(), unfilled(), False),
+        (object(), object(), False),
+    ],
+)
+def test_what_is_made_of_the_same_parts_is_alike(one: Any, other: Any, same: bool):
+    assert alike(one, other) is same
+    assert alike(other, one) is same
 
 
 def test_settings_are_checked():

@@ -455,7 +455,7 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return call
 
 
-@pytest.mark.parametrize("command", ["sharpness", "trace"])
+@pytest.mark.parametrize("command", ["sharpness", pytest.param("trace", marks=pytest.mark.slow)])
 def test_the_command_shows_both(typed: Typed, command: str):
     code, out, err = typed(command, *CHECK, "--format", "table")
     assert code == 0
@@ -521,7 +521,9 @@ def test_ctrl_c_during_the_check_keeps_our_result(typed: Typed, monkeypatch: pyt
     monkeypatch.setattr(progress.ProgressLine, "update", interrupting)
     code, out, err = typed("sharpness", *CHECK, "--json", "-o", "out")
     assert code == 130
-    assert err.endswith("Interrupted.\n")
+    ended = "Interrupted. What was computed is kept. To go on: curvkit sharpness ckpt.pt "
+    assert err.splitlines()[-1].startswith(ended)
+    assert err.endswith(" -o out --resume\n")
     found = json.loads(out)["result"]
     assert (found["interrupted"], found["stage"], found["cross_check"]) == (True, "complete", None)
     assert found["eigenvalues"][0]["converged"]

@@ -13,6 +13,8 @@ import pytest
 import curvkit
 
 ROOT = Path(__file__).parents[1]
+SLOW = {"docs/cli.md", "docs/concepts/comparison.md", "docs/concepts/resume.md", "docs/quickstart.md"}
+"""Pages that take more than about ten seconds."""
 PAGES = [path.relative_to(ROOT) for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))]
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -26,7 +28,11 @@ def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page.as_posix() in SLOW else ()) for page in PAGES],
+    ids=str,
+)
 def test_page_runs(page: Path, tmp_path: Path):
     ran = run_page(ROOT / page, tmp_path)
     assert ran.returncode == 0, ran.stderr

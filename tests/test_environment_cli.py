@@ -190,7 +190,8 @@ def test_what_to_type_next_names_the_command_that_was_typed(typed: Typed, comman
 
 @pytest.mark.parametrize("command", ["sharpness", "trace"])
 def test_differences_are_said_as_such(typed: Typed, command: str):
-    arguments = ("ckpt.pt", "--objective", "train.py:objective", "--seed", "0", "-q", "--plain")
+    cheap = ("--no-data-doubt", "--no-limit") if command == "sharpness" else ("--method", "hutchinson")
+    arguments = (*FAST[:3], "--seed", "0", "-q", "--plain", "--max-products", "8", *cheap)
     _, out, _ = typed(command, *arguments, "--rule", "difference")
     assert "derivatives\tdifferences of gradients in float64, at two steps that must agree\n" in out
     assert "preflight" not in out

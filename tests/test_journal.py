@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import classes, normal
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from samples import environment, net
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from curvkit.linalg import trace as linalg_trace
 from curvkit.linalg.recorded import Recorded, digest, recorded
 from curvkit.measures import SharpnessSettings, TraceSettings, sharpness_steps, trace_steps
 from curvkit.results import Journal, StateFolder
+from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate
 from curvkit.results.files import replaced
 from curvkit.results.journal import NOTHING_KEPT, Kept
 from curvkit.results.manifest import differences
@@ -637,6 +639,27 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path):
     assert path.read_text() == "later"
 
 
+def test_a_diagonal_is_replaced_as_a_whole_and_refused_where_its_cost_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "d.safetensors"
+    found = DiagonalEstimate({"w": torch.ones(2)}, None, "hessian", "Exact", Cost(1.0, 0.1))
+    found.save(path)
+    before = path.read_bytes()
+    with monkeypatch.context() as context:
+        context.setattr("curvkit.results.files.os.fsync", lambda handle: os.close(-1))  # EBADF
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            found.save(path)
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (before, [path.name])
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata()
+    for cost in ({"gradients": 1.0}, {"joules": 1.0}, 3):
+        said = json.dumps({**json.loads(metadata["estimate"]), "cost": cost})
+        save_file({"value:w": torch.ones(2)}, path, {**metadata, "estimate": said})
+        with pytest.raises(InvalidArgument, match="cannot be read as a diagonal .*Write it anew"):
+            DiagonalEstimate.load(path)
+
+
 def test_segments_are_plain_tensors_and_their_hash_is_in_the_manifest(tmp_path: Path):
     filled(tmp_path / "state", "a").close()
     path = tmp_path / "state" / "segment-000001.safetensors"
@@ -655,3 +678,190 @@ def test_differences_are_said_entry_by_entry():
         "a.b was [1] and is [2]",
         "c was 1 and is not there",
     ]
+
+
+# ---- what others put there ------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_no_states_are_left(tmp_path: Path):
+    """A folder of the user's is refused before anything is written; a note in a state outlives it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("three years")
+    (tmp_path / "mine" / "segment-000001.safetensors").write_text("by chance")
+    for fresh in (False, True):
+        text = r"mine is not the state of a run: it has 'thesis.txt', and no manifest.json of curvkit. A state must have a folder"
+        with pytest.raises(InvalidArgument, match=text):
+            StateFolder(tmp_path / "mine", run=RUN, fresh=fresh)
+    (tmp_path / "mine" / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(InvalidArgument, match="is not the state of a run"):
+        StateFolder(tmp_path / "mine", run=RUN, fresh=True)
+    assert sorted(os.listdir(tmp_path / "mine")) == ["manifest.json", "segment-000001.safetensors", "thesis.txt"]
+    filled(tmp_path / "state", "a").close()
+    for name in ("note.txt", "segment-1.safetensors", "mysegment-000001.safetensors", ".note.txt.7.tmp"):
+        (tmp_path / "state" / name).write_text("mine")
+    before = set(os.listdir(tmp_path / "state"))
+    with StateFolder(tmp_path / "state", run=RUN) as journal:
+        assert set(os.listdir(tmp_path / "state")) == before
+        journal.discard()
+    assert before - set(os.listdir(tmp_path / "state")) == {"lock", "manifest.json", "segment-000001.safetensors"}
+
+
+def test_what_a_first_write_left_is_no_stranger(tmp_path: Path):
+    for name in ("lock", "segment-000001.safetensors", ".segment-000001.safetensors.77.tmp", ".manifest.json.77.tmp"):
+        (tmp_path / name).write_bytes(b"half of it")
+    with StateFolder(tmp_path, run=RUN):
+        assert os.listdir(tmp_path) == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("link", "kind", "text"),
+    [
+        ("state", InvalidArgument, "state is a link, and the state of a run must be a folder of its own"),
+        ("state/lock", InvalidArgument, "lock is a link, and must be a file of its own in the folder of the state"),
+        (
+            "state/manifest.json",
+            RefusedCheckpoint,
+            r"is not a state that can be gone on from .ValueError: it is a link",
+        ),
+    ],
+)
+def test_links_are_not_followed(tmp_path: Path, link: str, kind: type[CurvkitError], text: str):
+    filled(tmp_path / "state", "a").close()
+    (tmp_path / link).rename(tmp_path / "elsewhere")
+    (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    before = [(path, path.read_bytes()) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    with pytest.raises(kind, match=text):
+        StateFolder(tmp_path / "state", run=RUN)
+    after = [(path, path.read_bytes()) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert [pair for pair in after if pair[0].name != "lock"] == [pair for pair in before if pair[0].name != "lock"]
+    if link == "state/lock":
+        assert after == before
+
+
+def crafted(path: Path, **changes: Any) -> None:
+    """Change a manifest, and give it the checksum that it needs."""
+    content = json.loads((path / "manifest.json").read_text())
+    content.pop("sha256")
+    content |= changes
+    stated = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**content, "sha256": stated}))
+
+
+SEGMENT = {"name": "segment-000001.safetensors", "size": 1, "sha256": "0", "entries": 1}
+CRAFTED: list[tuple[dict[str, Any], str]] = [
+    ({"run": None}, "its run are no mapping of names to values"),
+    ({"surroundings": []}, "its surroundings are no mapping"),
+    ({"facts": 3}, "its facts are no mapping"),
+    ({"segments": None}, "TypeError"),
+    ({"segments": [{}]}, "TypeError"),
+    ({"segments": [3]}, "TypeError"),
+    ({"segments": [{**SEGMENT, "name": 5}]}, "5 is no name of a segment"),
+    ({"segments": [{**SEGMENT, "name": "segment.safetensors"}]}, "'segment.safetensors' is no name"),
+    ({"segments": [{**SEGMENT, "name": "../other.safetensors"}]}, "'../other.safetensors' is no name"),
+    ({"segments": [{**SEGMENT, "size": "1"}]}, "size, entries or sha256 of segment-000001.safetensors are of"),
+    ({"segments": [{**SEGMENT, "entries": None}]}, "size, entries or sha256 of segment-000001.safetensors are of"),
+    ({"segments": [SEGMENT, SEGMENT]}, "it lists a segment twice"),
+    ({"more": 1}, "TypeError"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), CRAFTED, ids=[str(number) for number in range(len(CRAFTED))])
+def test_a_crafted_manifest_is_refused(tmp_path: Path, changes: dict[str, Any], reason: str):
+    filled(tmp_path / "state", "a").close()
+    (tmp_path / "other.safetensors").write_bytes((tmp_path / "state" / "segment-000001.safetensors").read_bytes())
+    crafted(tmp_path / "state", **changes)
+    with pytest.raises(RefusedCheckpoint, match=rf"is not a state that can be gone on from \(.*{reason}"):
+        StateFolder(tmp_path / "state", run=RUN)
+    assert (tmp_path / "state" / "segment-000001.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "beside", [None, {}, {"b": "[1.0, 0.0, false]"}, {"a": "3"}, {"a": "[-1.0, 0.0, false]"}, {"a": "[1.0, 0.0, 1]"}]
+)
+def test_a_crafted_segment_is_left_out(tmp_path: Path, beside: dict[str, str] | None):
+    filled(tmp_path / "state", "a").close()
+    path, told = tmp_path / "state" / "segment-000001.safetensors", list[str]()
+    save_file({"a": torch.ones(3)}, path, beside)
+    content = path.read_bytes()
+    crafted(
+        tmp_path / "state",
+        segments=[{**SEGMENT, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}],
+    )
+    with StateFolder(tmp_path / "state", run=RUN, tell=told.append) as journal:
+        assert (journal.known, journal.recalled("a")) == (0, None)
+    assert told == [f"{path}: left out, because it is damaged; its 1 results are made again."]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", "3"),
+        ("seed", -1),
+        ("basis rows", "many"),
+        ("plan of hessian", 3),
+        ("plan of hessian", {"residency": "streamed"}),
+        ("plan of hessian", {"residency": "nowhere"}),
+        ("plan of hessian", {"micro_batches": "2"}),
+    ],
+)
+def test_a_decision_that_is_none_is_refused(name: str, value: Any):
+    journal, kind = Memory(stop_at=1), "sharpness by differences"
+    with pytest.raises(KeyboardInterrupt):
+        last(KINDS[kind](journal))
+    whole = (isinstance(value, dict) and "micro_batches" in value) or value == {"residency": "nowhere"}
+    journal.facts[name] = {**journal.facts[name], **value} if whole else value
+    with pytest.raises(
+        RefusedCheckpoint, match=f"resumed is damaged: its {name} is .*; it must be as curvkit wrote it"
+    ):
+        last(KINDS[kind](journal.again()))
+
+
+def test_sizes_of_a_trace_that_are_none_are_refused():
+    for value in (3, {"max_rows": 1}, {"max_rows": 1, "block_size": 1.5}):
+        journal = Memory()
+        journal.facts["search"] = value
+        with pytest.raises(RefusedCheckpoint, match="resumed is damaged: its search is"):
+            last(trace_steps(objective(), seed=5, journal=journal))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.ones(1),
+        torch.ones(5, 1),
+        torch.ones(5, dtype=torch.float64),
+        torch.tensor([1.0, 2.0, 3.0, 4.0, torch.nan]),
+    ],
+    ids=["shorter", "column", "float64", "nan"],
+)
+def test_what_does_not_fit_is_made_again(other: Tensor):
+    A, journal, v = Counted(symmetric(5)), Memory(), normal(5, seed=0).float()
+    first = Recorded(A, journal, "a").matvec(v)
+    later = journal.again()
+    later.earlier = {key: Kept(other) for key in later.earlier}
+    again = Recorded(A, later, "a").matvec(v)
+    assert torch.equal(again, first)
+    assert (again.dtype, A.products) == (torch.float32, 2)
+
+
+def test_small_results_that_do_not_fit_are_made_again():
+    def run(journal: Journal) -> str:
+        A = recorded(Counted(symmetric(70)), journal, "a")
+        settings = linalg_trace.Settings(method="exact", max_products=75)
+        return repr(last(linalg_trace.search(A, settings, lengths=[30, 40], seed=1, start=torch.ones(70))))
+
+    journal = Memory()
+    whole, later = run(journal), journal.again()
+    later.earlier = {key: Kept(torch.ones(1, dtype=torch.float64)) for key in later.earlier}
+    assert run(later) == whole
+
+
+def test_floats_may_differ_by_rounding_where_the_surroundings_differ(tmp_path: Path):
+    with StateFolder(tmp_path / "state", run={"loss": 1.0}, surroundings={"threads": 1}) as journal:
+        journal.keep("a", Kept(torch.ones(1)))
+    for loss, threads, known in ((1.0, 1, True), (1.00001, 1, False), (1.00001, 2, True), (1.01, 2, False)):
+        if known:
+            StateFolder(tmp_path / "state", run={"loss": loss}, surroundings={"threads": threads}).close()
+        else:
+            with pytest.raises(InvalidArgument, match=f"loss was 1.0 and is {loss}"):
+                StateFolder(tmp_path / "state", run={"loss": loss}, surroundings={"threads": threads})

@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curvkit_cli.main import run
+from curvkit_cli.render_stability import remarks
+from optimizer_samples import state_of
 from oracles import dense
 from samples import TRAIN, examples, net
 from torch import Tensor, nn
 
 import curvkit
+from curvkit.measures import Stability
+from curvkit.measures.stabilities import stability
 
 SHARPNESS = ("sharpness", "ckpt.pt", "--objective", "train.py:objective", "--seed", "0", "--no-data-doubt")
 Typed = Callable[..., tuple[int, str, str]]
@@ -142,7 +147,7 @@ def test_what_is_printed(typed: Typed):
     assert "safe" not in text
 
 
-def test_a_decayed_rate_has_no_verdict(told: Callable[..., dict[str, Any]]):
+def test_a_decayed_rate_has_no_verdict(told: Callable[..., dict[str, Any]], typed: Typed):
     """The last checkpoint of a linear schedule has lr 0: the figures are of initial_lr."""
     model, optimizer = trained(adamw)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1)
@@ -152,8 +157,58 @@ def test_a_decayed_rate_has_no_verdict(told: Callable[..., dict[str, Any]]):
     curvkit.save("ckpt.pt", model=model, optimizer=optimizer)
     found = told()["stability"]
     assert (found["lr"], found["lr_label"], found["verdict"]) == (1e-2, "initial_lr", None)
-    assert found["reason"].startswith("the learning rate has decayed to 0")
+    assert found["reason"].startswith(
+        "the learning rate is 0, far below its highest; the figures are of its initial value"
+    )
     assert found["value"] > 0.0
+    assert "the lr of the checkpoint 0: no step at all" in typed("--plain")[1]
+
+
+@pytest.fixture(scope="module")
+def concave() -> Stability:
+    """H = -X'X / 2, with the eigenvalues -1/2 and -2."""
+    model = nn.Linear(2, 1, bias=False).double()
+    data = [(torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64)), torch.zeros(2, 1, dtype=torch.float64))]
+    objective = curvkit.Objective(model, lambda outputs, targets: -F.mse_loss(outputs, targets) / 2, data)
+    return stability(objective, state_of(model, torch.optim.SGD(model.parameters(), lr=0.1)), seed=0)
+
+
+def moved(found: Stability, to: float, *, converged: bool = True) -> str:
+    pairs = found.eigenpairs
+    assert pairs is not None
+    pairs = replace(
+        pairs,
+        values=torch.full_like(pairs.values, to),
+        residuals=torch.full_like(pairs.residuals, 0.01),
+        converged=torch.tensor([converged]),
+    )
+    return dict(remarks(replace(found, eigenpairs=pairs)))["largest lr"]
+
+
+def test_that_no_curvature_is_positive_is_said_only_where_it_is_known(concave: Stability):
+    assert concave.value == pytest.approx(-0.5)
+    said = "no curvature is positive: every learning rate is below the limit of the quadratic model"
+    assert dict(remarks(concave))["largest lr"] == said
+    assert moved(concave, -0.05) == said
+    assert moved(concave, -0.05, converged=False) == ("not known: the eigenvalue has not converged and may be larger")
+    assert moved(concave, -0.001).startswith("not known: the interval of the eigenvalue reaches above 0, up to 0.09")
+    assert " is the largest that is stable on the quadratic model" in moved(concave, 0.05)
+    assert moved(concave, 0.05, converged=False) == (
+        "not known, but at most 5: the eigenvalue has not converged and may be larger"
+    )
+
+
+def test_a_rate_that_cannot_be_compared_is_printed_with_its_reason(typed: Typed):
+    model, optimizer = trained(adamw)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=10)
+    curvkit.save("ckpt.pt", model=model, optimizer=optimizer)
+    code, out, err = typed("--plain")
+    assert code == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("other lr\t"))
+    assert "initial_lr 0.002: " in line
+    assert line.endswith(
+        "the peak lr 0.05: not comparable (max_lr of OneCycleLR; the momentum is another one there, 0.85)"
+    )
 
 
 def test_nothing_is_compared_where_it_was_not_wanted(told: Callable[..., dict[str, Any]]):
@@ -162,6 +217,50 @@ def test_nothing_is_compared_where_it_was_not_wanted(told: Callable[..., dict[st
     assert told("--no-limit")["stability"] is None
     found = told("--params", "inner.*")["stability"]
     assert found["reason"] == "--params leaves parameters out, and the optimizer moves them all"
+
+
+def test_a_learning_rate_that_is_none_or_idle(typed: Typed):
+    torch.save(net().state_dict(), "ckpt.pt")
+    code, _, err = typed("--lr", "nan")
+    assert (code, "nan is no learning rate. Write a finite number above 0" in err) == (2, True)
+    code, _, err = typed("--lr", "0.1", "--no-limit")
+    assert (code, "--lr asks what the limit would be, and --no-limit leaves it out" in err) == (2, True)
+
+
+def test_batch_norm_with_fixed_statistics_has_no_verdict(told: Callable[..., dict[str, Any]]):
+    """A bias before BatchNorm has next to no gradient in training, and curvature with fixed statistics."""
+    Path("train.py").write_text(
+        TRAIN
+        + """
+
+class Normed(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.norm(self.inner(x))))
+
+def normed():
+    return curvkit.Objective(Normed().eval(), F.cross_entropy, [(x, y)])
+"""
+    )
+    namespace: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        exec(Path("train.py").read_text(), namespace)
+        model = namespace["Normed"]()
+    optimizer, (x, y) = torch.optim.NAdam(model.named_parameters(), lr=3e-3, eps=1e-14), examples()
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    curvkit.save("ckpt.pt", model=model, optimizer=optimizer)
+    found = told("--objective", "train.py:normed")["stability"]
+    assert found["ratio"] > 0.0
+    assert found["verdict"] is None
+    assert found["reason"].startswith(
+        "BatchNorm is measured with fixed statistics and was trained with those of the batch"
+    )
 
 
 def without_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
@@ -195,6 +294,7 @@ def test_without_a_state_that_fits_the_reason_is_said(content: Any, typed: Typed
     assert code == 0, err
     line = next(line for line in out.splitlines() if line.startswith("limit\t"))
     assert line.startswith("limit\tno stability limit: ")
+    assert ("no names" in line) == ("if the optimizer is made from model.named_parameters()" in line)
     assert len(line) > len("limit\tno stability limit: ") + 20
 
 

@@ -341,9 +341,10 @@ def test_sgd_needs_no_names_where_one_rule_holds(tmp_path: Path):
 
 def test_sgd_with_groups(tmp_path: Path):
     model = tower()
-    optimizer = torch.optim.SGD(decay_groups(model), lr=0.1)
+    optimizer = stepped(model, torch.optim.SGD(decay_groups(model), lr=0.1, momentum=0.9))
     state = found(written(tmp_path, model, optimizer), model)
-    assert state.certain  # which group is known, and nothing else matters
+    assert state.certain  # which group is known by the shapes, and nothing else matters
+    assert not any(held.tensors for held in state.parameters.values())
     assert state.parameters["norm.weight"].group == 1
     assert state.parameters["layers.0.weight"].group == 0
     parameters = list(model.parameters())
@@ -357,6 +358,82 @@ def test_sgd_with_groups(tmp_path: Path):
     assert "divide the parameters is not known" in reason(written(tmp_path, model, torch.optim.SGD(groups)), model)
     groups = [{"params": parameters[:4], "lr": 0.1}, {"params": parameters[4:], "lr": 0.2}]
     assert "divide the parameters is not known" in reason(written(tmp_path, model, torch.optim.SGD(groups)), model)
+
+
+DIVIDED = "how the optimizer's 2 groups divide the parameters is not known: it has no names"
+
+
+def twins() -> nn.Module:
+    """Two layers of the same shapes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+
+
+def head_first(model: Any, **head: Any) -> list[dict[str, Any]]:
+    return [{"params": list(model[2].parameters()), **head}, {"params": list(model[0].parameters())}]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_with_groups_that_are_alike_at_the_present_rate_alone(tmp_path: Path, momentum: float):
+    """A schedule that ends at 0 makes all rates the same; the figures are of initial_lr, where they differ."""
+    model = twins()
+    optimizer = torch.optim.SGD(head_first(model, lr=1.0), lr=0.01, momentum=momentum)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+    for _ in range(2):
+        stepped(model, optimizer, 1)
+        cosine.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
+    assert reason(written(tmp_path, model, optimizer), model) == DIVIDED
+    state = found(save(tmp_path / "named.pt", model=model, optimizer=optimizer), model)
+    assert state.certain
+    assert {name: held.group for name, held in state.parameters.items()} == {
+        **{"0.weight": 1, "0.bias": 1},
+        **{"2.weight": 0, "2.bias": 0},
+    }
+
+
+@pytest.mark.parametrize("key", ["initial_lr", "max_lr", "base_momentum", "max_momentum"])
+def test_sgd_with_groups_that_differ_in_what_a_schedule_writes(tmp_path: Path, key: str):
+    model = twins()
+    optimizer = torch.optim.SGD(head_first(model), lr=0.1)
+    for group in optimizer.param_groups:
+        group[key] = 0.5
+    assert found(written(tmp_path, model, optimizer), model).certain
+    optimizer.param_groups[0][key] = 0.7
+    assert reason(written(tmp_path, model, optimizer), model) == DIVIDED
+
+
+def test_sgd_with_groups_of_which_only_the_lengths_are_known(tmp_path: Path):
+    """Two and two, the first with decay: weights and biases, or head and trunk."""
+    for groups in (head_first, decay_groups):
+        model = twins()
+        for group, decay in zip(given := groups(model), (5.0, 0.0), strict=True):
+            group["weight_decay"] = decay
+        optimizer = stepped(model, torch.optim.SGD(given, lr=0.1))
+        assert reason(written(tmp_path, model, optimizer), model) == DIVIDED
+        assert found(save(tmp_path / "named.pt", model=model, optimizer=optimizer), model).certain
+
+
+def test_sgd_with_groups_that_share_a_shape(tmp_path: Path):
+    """The Trainer's groups by names, a matrix without decay in them: the other one of its shape could be meant."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relative_bias = nn.Parameter(torch.ones(3, 3))
+            self.layer, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.layer(x @ self.relative_bias))
+
+    model = Biased()
+    groups = [
+        {"params": [model.layer.weight, model.last.weight], "weight_decay": 0.1},
+        {"params": [model.relative_bias, model.layer.bias, model.last.bias]},
+    ]
+    optimizer = stepped(model, torch.optim.SGD(groups, lr=0.1, momentum=0.9))
+    assert reason(written(tmp_path, model, optimizer), model) == DIVIDED
 
 
 def test_sgd_of_a_model_that_is_frozen_in_part(tmp_path: Path):
@@ -510,6 +587,31 @@ def test_numbers_too_large_for_a_float(tmp_path: Path):  # no file that is read 
     assert optimizer_state(made, shapes(model)) == Unassigned(
         "lr of the optimizer's group 0 is a number of many digits, which is not possible"
     )
+
+
+def test_a_parameter_that_never_had_a_gradient(tmp_path: Path):
+    model = distinct()
+    first = model.get_parameter("0.bias")
+    first.requires_grad_(False)
+    options = {"initial_accumulator_value": 0.1}
+    optimizer = stepped(model, torch.optim.Adagrad(model.parameters(), lr=0.01, **options))
+    assert optimizer.state[first]["step"] == 0.0  # it is there from the beginning
+    state = found(written(tmp_path, model, optimizer), model)
+    assert list(state.parameters) == ["0.weight", "2.weight", "2.bias"]
+    assert is_the_optimizers(state, model, optimizer)
+    fresh = torch.optim.Adagrad(model.parameters(), **options)
+    assert reason(written(tmp_path, model, fresh), model) == "the optimizer's state is empty: Adagrad had taken no step"
+    optimizer.state[first]["sum"].fill_(0.2)
+    assert "step of '0.bias' is 0.0 in the optimizer's state: no step was taken" in reason(
+        written(tmp_path, model, optimizer), model
+    )
+
+    def untouched(state: dict[str, Any]) -> None:
+        state["state"][1] = {"step": 0, "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}
+
+    for change in (untouched, lambda _: None):  # torch makes no entry
+        path = written(tmp_path, model, changed(adamw(model), change))
+        assert list(found(path, model).parameters) == ["0.weight", "2.weight", "2.bias"]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 from curvkit_cli.main import run
+from safetensors.torch import save_file
 from samples import PROGRAM, TRAIN, environment, net
 
+from curvkit.checkpoints import digest
 from curvkit.results import StateFolder
 
 MORE = """
@@ -193,11 +195,8 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("complete", [False, True])
-def test_another_run_is_refused_by_what_differs(
-    typed: Typed, monkeypatch: pytest.MonkeyPatch, other: str, complete: bool
-):
+def test_another_run_is_refused_by_what_differs(typed: Typed, monkeypatch: pytest.MonkeyPatch, complete: bool):
     torch.save(net(seed=1).state_dict(), "other.pt")
     Path("train2.py").write_text(TRAIN)
     first = ("sharpness", *FAST, "--seed", "3", "-o", "there")
@@ -206,12 +205,12 @@ def test_another_run_is_refused_by_what_differs(
     else:
         cut_short(monkeypatch, typed, *first)
     before = {name: os.stat(f"there/{name}").st_mtime_ns for name in files("there")}
-    arguments, text = OTHERS[other]
-    code, out, err = typed("sharpness", *arguments, "-o", "there", "--resume")
-    assert (code, out) == (2, "")
-    assert text in err
-    assert ("--fresh" in err) or other == "seed"
-    assert {name: os.stat(f"there/{name}").st_mtime_ns for name in files("there")} == before
+    for other, (arguments, text) in OTHERS.items():
+        code, out, err = typed("sharpness", *arguments, "-o", "there", "--resume")
+        assert (other, code, out) == (other, 2, "")
+        assert text in err
+        assert ("--fresh" in err) or other == "seed"
+        assert {name: os.stat(f"there/{name}").st_mtime_ns for name in files("there")} == before
 
 
 @pytest.mark.parametrize(
@@ -309,6 +308,116 @@ def test_structure_can_be_left_out(typed: Typed):
     assert "piecewise linear" not in out
 
 
+# ---- what the identity of a run sees --------------------------------------------------------------------------------
+
+BIG = """
+import helper
+
+def big():
+    torch.manual_seed(0)
+    class Big(Net):
+        def __init__(self):
+            super().__init__(6)
+            self.register_buffer("far", torch.zeros(1 << 20))
+        def forward(self, x):
+            return helper.SCALE * super().forward(x) + 0.0 * self.far[1 << 19]
+    return curvkit.Objective(Big(), F.cross_entropy, data)
+"""
+BY_BIG = ("big.safetensors", "--objective", "train.py:big", "--memory", "1GiB", "--max-products", "4", "--seed", "1")
+
+
+def save_big(middle: float) -> str:
+    """Write weights of 4 MiB of which one number in the middle can differ; what a digest of the ends says of the file."""
+    far = torch.zeros(1 << 20)
+    far[1 << 19] = middle
+    save_file({**net().state_dict(), "far": far}, "big.safetensors")
+    return digest(Path("big.safetensors"))
+
+
+@pytest.fixture
+def big(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    Path("helper.py").write_text("SCALE = 1.0\n")
+    Path("train.py").write_text(TRAIN + BIG)
+    return save_big(0.0)
+
+
+def test_weights_that_differ_in_the_middle_are_another_checkpoint(typed: Typed, big: str):
+    arguments = ("trace", *BY_BIG, "-o", "there")
+    assert typed(*arguments)[0] == 0
+    assert typed("verify", "there/trace.json", *BY_BIG[:3], "-q")[0] == 0
+    assert save_big(1.0) == big
+    code, out, err = typed(*arguments, "--resume")
+    assert (code, out) == (2, "")
+    assert 'of another run: checkpoint.parameters_and_buffers was "sha256:' in err
+    assert "the loss at these weights was " not in err
+    code, out, _ = typed("verify", "there/trace.json", *BY_BIG[:3], "-q", "--json")
+    assert code == 1
+    assert [check["what"] for check in json.loads(out)["result"]["checks"] if check["holds"] is False] == ["checkpoint"]
+
+
+@pytest.mark.usefixtures("big")
+def test_an_edited_module_is_another_function(typed: Typed, monkeypatch: pytest.MonkeyPatch):
+    arguments = ("trace", *BY_BIG, "-o", "there")
+    cut_short(monkeypatch, typed, *arguments, after=2)
+    Path("helper.py").write_text("SCALE = 1.5  # edited\n")
+    sys.modules.pop("helper")
+    code, out, err = typed(*arguments, "--resume")
+    assert (code, out) == (2, "")
+    assert re.search(r"of another run: the loss at these weights was 1\.\d+ and is 1\.\d+[;.] ", err)
+    Path("helper.py").write_text("SCALE = 1.0\n# back again\n")
+    sys.modules.pop("helper")
+    assert typed(*arguments, "--resume")[0] == 0
+
+
+def test_another_state_of_the_optimizer_is_said(typed: Typed, monkeypatch: pytest.MonkeyPatch):
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for number in (1.0, 2.0):
+        for p in model.parameters():
+            optimizer.state[p] = {
+                "step": torch.tensor(3.0),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.full_like(p, number),
+            }
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "trained.pt")
+        if number == 1.0:
+            cut_short(monkeypatch, typed, "sharpness", "trained.pt", *FAST[1:], "-o", "cut")
+    code, out, err = typed("sharpness", "trained.pt", *FAST[1:], "-o", "cut", "--resume")
+    assert (code, out) == (2, "")
+    assert '; optimizer was "sha256:' in err
+    assert "parameters_and_buffers" not in err
+
+
+def test_a_folder_of_the_user_is_refused(typed: Typed):
+    Path("out/trace.state").mkdir(parents=True)
+    Path("out/trace.state/thesis.txt").write_text("three years")
+    for flag in ((), ("--resume",), ("--fresh",)):
+        code, out, err = typed("trace", *FAST, "-o", "out", *flag)
+        assert (code, out) == (2, "")
+        assert "Error: out/trace.state is not the state of a run: it has 'thesis.txt', and no manifest.json" in err
+    assert files("out/trace.state") == ["thesis.txt"]
+
+
+@pytest.mark.slow
+def test_other_modules_are_said(typed: Typed):
+    module = "\nclass Named(Net):\n    extra_repr = lambda self: WORD\n"
+    module += "\ndef named(): return curvkit.Objective(Named(6), F.cross_entropy, data)\n"
+    Path("helper.py").write_text("WORD = 'at 0x1234'\n")
+    Path("train.py").write_text(TRAIN + "import sys; sys.path.insert(0, '.')\nfrom helper import WORD\n" + module)
+    arguments = ("trace", "ckpt.pt", "--objective", "train.py:named", "--max-products", "4", "-o", "there", "--resume")
+    try:
+        assert typed(*arguments)[0] == 0
+        for word, same in (("at 0x99", True), ("another", False)):
+            Path("helper.py").write_text(f"WORD = '{word}'  # edited\n")
+            del sys.modules["helper"]
+            code, _, err = typed(*arguments)
+            assert (code == 0) is same
+            assert ('of another run: the modules of the model was "sha256:' in err) is not same
+    finally:
+        sys.path.remove(".")
+
+
 # ---- in processes that are killed -----------------------------------------------------------------------------------
 
 
@@ -345,6 +454,7 @@ def killed_until_done(arguments: tuple[str, ...], folder: str, kills: int, longe
     return met
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_process_keeps_the_state():
     arguments = ("trace", "wide.pt", "--objective", "train.py:slow", "--seed", "1", "--max-products", "60", "-o", "cut")
     process = started(*arguments, program=[sys.executable, "-c", EAGER])

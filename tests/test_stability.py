@@ -210,12 +210,83 @@ def test_a_decayed_rate_has_no_verdict(sgd: tuple[Objective, OptimizerState, flo
     rates = (Rate("current", (current,), "a"), Rate("initial_lr", (0.2,), "b"))
     result = stability(objective, with_rates(state, *rates), seed=0, settings=FINE)
     assert result.verdict is None
-    assert result.reason == f"the learning rate has decayed to {current:g}; the figures are of its initial value"
+    assert (
+        result.reason
+        == f"the learning rate is {current:g}, far below its highest; the figures are of its initial value"
+    )
     assert (result.reference, result.lr) == ("initial_lr", 0.2)
     assert result.ratio == pytest.approx(0.2 * lam / 2, rel=1e-9)
     assert result.rates[0].ratio == (None if current == 0.0 else pytest.approx(1e-3 * lam / 2, rel=1e-9))
     asked = stability(objective, with_rates(state, *rates), seed=0, settings=FINE, lr=0.1)
     assert asked.verdict is not None
+
+
+def test_warming_up_is_not_called_decay(sgd: tuple[Objective, OptimizerState, float]):
+    objective, state, _ = sgd
+    rates = (Rate("current", (1e-4,), "a"), Rate("initial_lr", (1e-4,), "b"), Rate("peak", (0.2,), "c"))
+    result = stability(objective, with_rates(state, *rates), seed=0, settings=FINE)
+    assert result.reason == "the learning rate is 0.0001, far below its highest; the figures are of its peak"
+
+
+def cycled(make: Any, done: int, **options: Any) -> tuple[Objective, torch.optim.Optimizer]:
+    """A network in the middle of a OneCycleLR of 100 steps, or at its end."""
+    schedules: list[torch.optim.lr_scheduler.OneCycleLR] = []
+
+    def made(parameters: Any, **given: Any) -> torch.optim.Optimizer:
+        optimizer = make(parameters, lr=0.1, **given)
+        schedules.append(
+            torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, max_lr=0.1, total_steps=100, pct_start=0.5, base_momentum=0.5, max_momentum=0.95
+            )
+        )
+        optimizer.register_step_post_hook(lambda *_: schedules[0].step())
+        return optimizer
+
+    return trained(made, steps=done, **options)
+
+
+def test_momentum_that_moves_with_the_rate(tmp_path: Path):
+    """At the peak of OneCycleLR it is base_momentum, at the start max_momentum; each has its own limit, 2 (1 + b) / lr."""
+    objective, optimizer = cycled(torch.optim.SGD, 20, momentum=0.9)
+    lam = torch.linalg.eigvalsh(hessian(objective))[-1].item()
+    path = save(tmp_path / "ckpt.pt", model=objective.model, optimizer=optimizer)
+    state = optimizer_state(read(path), {name: p.shape for name, p in objective.model.named_parameters()})
+    assert isinstance(state, OptimizerState)
+    now = optimizer.param_groups[0]
+    assert 0.5 < now["momentum"] < 0.95
+    result = stability(objective, state, seed=0, settings=FINE)
+    assert result.ratio == pytest.approx(now["lr"] * lam / (2 * (1 + now["momentum"])), rel=1e-8)
+    assert [(row.label, row.ratio is None, row.source) for row in result.rates] == [
+        ("current", False, "lr of the groups"),
+        ("initial_lr", True, "initial_lr of the groups; the momentum is another one there, 0.95"),
+        ("peak", True, "max_lr of OneCycleLR; the momentum is another one there, 0.5"),
+    ]
+    given = stability(objective, state, seed=0, settings=FINE, lr=0.1)
+    assert given.ratio == pytest.approx(0.1 * lam / (2 * (1 + now["momentum"])), rel=1e-8)
+    assert given.rates[2].ratio is None
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_the_figures_of_a_peak_are_at_its_momentum(make: Any):
+    objective, optimizer = cycled(make, 99, **({"momentum": 0.9} if make is torch.optim.SGD else {}))
+    [group] = optimizer.param_groups
+    rates = (Rate("current", (group["lr"],), "a"), Rate("initial_lr", (0.004,), "b"), Rate("peak", (0.1,), "c"))
+    state = replace(state_of(objective.model, optimizer), rates=rates)
+    assert group["lr"] < 1e-6
+    result = stability(objective, state, seed=0, settings=FINE)
+    assert (result.reference, result.lr) == ("peak", 0.1)
+    assert (
+        "at the learning rate 0.1 the momentum is 0.5, which the figures are of; at present it is 0.95" in result.notes
+    )
+    if make is torch.optim.SGD:
+        assert group["momentum"] == pytest.approx(0.95)
+        truth = 0.1 * torch.linalg.eigvalsh(hessian(objective))[-1].item() / (2 * 1.5)
+    else:
+        assert group["betas"][0] == pytest.approx(0.95)
+        P = (1 - 0.5**99) * ((second_moment(objective, optimizer) / (1 - 0.999**99)).sqrt() + 1e-8)
+        truth = 0.1 * torch.linalg.eigvals(hessian(objective) / P[:, None]).real.max().item() * 0.5 / (2 * 1.5)
+    assert result.ratio == pytest.approx(truth, rel=1e-8)
+    assert [row.ratio is None for row in result.rates] == [True, True, False]
 
 
 def test_a_rate_in_other_proportions_has_no_ratio():
@@ -224,6 +295,7 @@ def test_a_rate_in_other_proportions_has_no_ratio():
     rates = (Rate("current", (0.1, 0.05), "a"), Rate("initial_lr", (0.4, 0.2), "b"), Rate("peak", (0.4, 0.1), "c"))
     result = stability(objective, with_rates(state, *rates), seed=0)
     assert [row.ratio is None for row in result.rates] == [False, False, True]
+    assert result.rates[2].source == "c; its groups stand in other proportions"
 
 
 def test_a_rate_of_zero_and_no_other_has_no_limit(sgd: tuple[Objective, OptimizerState, float]):

@@ -503,8 +503,10 @@ def test_wrong_arguments_are_refused():
         InvalidArgument, match=r"2 learning rates were given for 1 groups of parameters\. Pass one for each"
     ):
         Update.of(state, ParameterSpace.of(model), [0.1, 0.2])
-    with pytest.raises(InvalidArgument, match=r"kappa=-1.0 must not be negative\. It is the extra speed"):
-        Update("SGD", 0.1, 0.1).amplified(torch.ones(3, dtype=torch.bool), -1.0)
+    for kappa in (-1.0, float("nan")):
+        said = f"Update: kappa={kappa} must not be negative. It is the extra speed along flat coordinates: pass 0 for none."
+        with pytest.raises(InvalidArgument, match=re.escape(said)):
+            Update("SGD", 0.1, 0.1).amplified(torch.ones(3, dtype=torch.bool), kappa)
 
 
 def test_names_of_amplified_updates():

@@ -16,9 +16,10 @@ from ..data import Data, data
 from ..failures import say
 from ..groups import option
 from ..limits import Limit, limit
-from ..measuring import NOT_CONVERGED, OPTIMIZER
+from ..measuring import NOT_CONVERGED
 from ..output import Lasting, Output, lasting
 from ..progress import counted
+from ..records import OPTIMIZER
 from ..running import Measurement
 from ..target import Target, target
 
@@ -94,6 +95,7 @@ def sharpness(
     from the sample of data is measured apart. Where the checkpoint has the state of its optimizer, the largest learning rate at which that
     would still be stable is said, too.
     """
+    limits.refuse_idle(limit)
     settings = _settings(num, which, block_size, data_doubt, budget)
     if budget.plan:
         return planning.planned(ctx, target, data, lasting, partial(_forecast, settings=settings))
@@ -208,8 +210,11 @@ def _detail(result: Sharpness) -> str:
     pairs, products = result.eigenpairs, counted(result.products, "product")
     if result.stage == "searching":
         return f"{products}, largest residual {pairs.residuals.max().item():.1e}"
-    stages = {"complete": "", "adaptive": "adaptive sharpness, ", "stability": "the optimizer's limit, "}
-    return f"{stages.get(result.stage, 'doubt from data, ')}{products}"
+    if result.stage in ("spread", "halves"):
+        return f"doubt from data, {products}"
+    if result.stage == "stability" and result.stability is not None and result.stability.products:
+        return f"the optimizer's limit, {products}"
+    return f"adaptive sharpness, {products}" if result.stage == "adaptive" and result.adaptive else products
 
 
 def _judge(result: Sharpness | None, output: Output) -> int:

@@ -16,7 +16,7 @@ from .. import measuring, records, render, render_verification
 from ..budget import MEMORY, RESIDENCY, RULE
 from ..configured import ConfiguredCommand
 from ..data import Data, data
-from ..failures import say
+from ..failures import harmless, say, while_evaluating
 from ..groups import Command, grouped, option
 from ..interrupts import INTERRUPTED, conclude
 from ..output import COLOR, FORMAT, JSON, PLAIN, Output
@@ -27,10 +27,14 @@ from ..target import Target, target
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from curvkit.measures.verification import Check
+    from curvkit.measures.verified_parts import Check
     from curvkit.objectives import Objective
 
 FAILED = 1
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RecursionError)
+"""What reading a document raises that curvkit has not written."""
+PARAMETERS = "parameters_and_buffers"
+"""A digest of a checkpoint that documents of earlier versions do not state."""
 FILES = {"curvkit.sharpness/1": "vectors", "curvkit.trace/1": "samples"}
 """Schema of a document -> what lies beside it."""
 
@@ -84,7 +88,7 @@ def verify(ctx: click.Context, result: Path, target: Target, data: Data, again: 
 
     Checkpoint and data must be those of the result. Then residuals are recomputed from the eigenvectors beside it, or probes of a trace are
     drawn again; another machine, --rule, --residency or --dtype may be used. Each line has what was stated, what was recomputed, and
-    the verdict. The exit code is 0 if everything holds, and 1 if not.
+    the verdict. The exit code is 0 if everything that was recomputed holds, and 1 if not; what was not recomputed is named at the end.
     """
     document = _document(result)
     output = Output(shown.format, None, False, False, shown.quiet, shown.color)
@@ -93,9 +97,12 @@ def verify(ctx: click.Context, result: Path, target: Target, data: Data, again: 
         there = document["record"]["run"]
         import torch
 
-        resolved = replace(resolved, objective=resolved.objective.converted(dtype=_dtype(there["model"]["dtype"])))
+        from curvkit.measures.restored import precision_of
+
+        stated = precision_of(there["model"]["dtype"])
+        resolved = replace(resolved, objective=resolved.objective.converted(dtype=stated))
         checks = list(_ground(there, records.ground(ctx, target, resolved)))
-        if all(check.holds for check in checks):
+        if all(check.holds is not False for check in checks):
             wanted = {"auto": None, "float32": torch.float32, "float64": torch.float64}[target.dtype]
             steps = _checks(document, result.parent, resolved.objective.converted(dtype=wanted), again)
             interrupted = measuring.followed(_collected(steps, checks), "verify", _told, target=target, output=output)[
@@ -111,21 +118,26 @@ def verify(ctx: click.Context, result: Path, target: Target, data: Data, again: 
 
 def _document(path: Path) -> dict[str, Any]:
     from curvkit.errors import RefusedCheckpoint
+    from curvkit.measures.restored import precision_of
 
     document: Any = None
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        known = document["schema"] in FILES and "run" in document["record"]
-        reason = (
-            f"its schema is {document['schema']!r}" if document["schema"] not in FILES else "it was not written by -o"
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        known, reason = False, f"{type(error).__name__}: {error}"
-    if known and document["result"].get("interrupted"):
-        known, reason = False, "its run was interrupted"
-    if not known:
+        schema, there = document["schema"], document["record"]
+        reason = None if schema in FILES else f"its schema is {schema!r}"
+        if reason is None and "run" not in there:
+            reason = "it was not written by -o"
+        elif reason is None and document["result"].get("interrupted"):
+            reason = "its run was interrupted"
+        elif reason is None:
+            model = there["run"]["model"]
+            precision_of(model["dtype"])
+            reason = None if isinstance(model["mode"], str) else f"its mode is {model['mode']!r}"
+    except UNREADABLE as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
         raise RefusedCheckpoint(
-            f"{path} is not a result that can be verified ({reason}); it must be a complete one of curvkit sharpness or curvkit trace with "
+            f"{path} is not a result that can be verified ({harmless(reason)}); it must be a complete one of sharpness or trace with "
             "-o, beside the tensors that were written with it. Measure with -o DIR first."
         )
     return document
@@ -133,22 +145,28 @@ def _document(path: Path) -> dict[str, Any]:
 
 def _ground(before: Mapping[str, Any], now: dict[str, Any]) -> Iterator[Check]:
     """Whether it is the same function at the same point; on which device does not matter."""
-    from curvkit.measures.verification import Check
+    from curvkit.measures.verified_parts import Check
 
     for name, value in now.items():
         stated = before.get(name)
         same = stated == value
         if name == "model" and isinstance(stated, dict):
             same = all(stated[key] == value[key] for key in ("mode", "dtype"))
+        younger = PARAMETERS in value and PARAMETERS not in stated if isinstance(stated, dict) else False
+        if younger:
+            same = stated == {key: digest for key, digest in value.items() if key != PARAMETERS}
         if not same or name in ("checkpoint", "data"):
             yield Check(name, stated, value, same)
+        if younger:
+            yield Check("parameters and buffers", None, value[PARAMETERS], None)
 
 
 def _checks(document: dict[str, Any], folder: Path, objective: Objective, again: Again) -> Iterator[Check]:
-    from curvkit.errors import RefusedCheckpoint
+    from curvkit.errors import CurvkitError, RefusedCheckpoint
     from curvkit.linalg import lanczos
     from curvkit.measures import SharpnessSettings, TraceSettings
-    from curvkit.measures.verification import Check, verify_sharpness
+    from curvkit.measures.verification import verify_sharpness
+    from curvkit.measures.verified_parts import Check
     from curvkit.measures.verified_trace import verify_trace
 
     rule: Any = again.rule
@@ -161,6 +179,8 @@ def _checks(document: dict[str, Any], folder: Path, objective: Objective, again:
         if told is not None:
             tensors, digest = _tensors(folder / Path(told["name"]).name)
             yield Check(f"file of {what}", told["sha256"], digest, told["sha256"] == digest)
+            if not all(tensor.is_floating_point() for tensor in tensors.values()):
+                raise ValueError(f"the file of {what} has whole numbers")
         if what == "samples":
             yield from verify_trace(objective, document, tensors, TraceSettings(**engine), again.probes)
         elif tensors is None:
@@ -169,12 +189,12 @@ def _checks(document: dict[str, Any], folder: Path, objective: Objective, again:
             yield from verify_sharpness(
                 objective, document, tensors["vectors"], SharpnessSettings(lanczos.Settings(), **engine)
             )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, ValueError) and type(error) is not ValueError:
-            raise  # ours
+    except UNREADABLE as error:
+        if isinstance(error, CurvkitError) or while_evaluating(error):
+            raise
         raise RefusedCheckpoint(
-            f"the result cannot be verified: {type(error).__name__}: {error}. It must be as curvkit wrote it, with the file of {what} "
-            "beside it. Measure again with -o DIR."
+            f"the result cannot be verified: {type(error).__name__}: {harmless(str(error))}. It must be as curvkit wrote it, with the file "
+            f"of {what} beside it. Measure again with -o DIR."
         ) from error
 
 
@@ -194,12 +214,6 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         ) from error
 
 
-def _dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, str(name).removeprefix("torch."))
-
-
 def _collected(steps: Iterator[Check], into: list[Check]) -> Iterator[int]:
     for check in steps:
         into.append(check)
@@ -215,13 +229,20 @@ def _show(checks: list[Check], schema: str, record: dict[str, Any], shown: Shown
     from curvkit.measures.verification import holding
 
     shape = render.chosen_format(shown.format)
+    left = [check.what for check in checks if check.holds is None]
     if shape == "json":
-        result = {"verified": holding(checks), "of": schema, "checks": checks}
+        result = {"verified": holding(checks), "of": schema, "not_recomputed": left, "checks": checks}
         click.echo(results.to_json(render.json_document("verify", result, record)))
     elif shape == "plain":
         click.echo(render_verification.plain(checks, title))
     else:
         render_verification.table(checks, title, shown.color)
     wrong = [check.what for check in checks if check.holds is False]
-    if wrong and not shown.quiet:
-        say(f"Warning: not verified: {render.listed(wrong)}.")
+    if shown.quiet:
+        return
+    if wrong:
+        say(f"Warning: not verified: {harmless(render.listed(wrong))}.")
+    elif left:
+        say(f"What was recomputed holds. Not checked: {', '.join(left)}.")
+    else:
+        say("What was recomputed holds.")

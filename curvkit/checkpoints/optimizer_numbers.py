@@ -70,6 +70,29 @@ def check_entry(kind: Kind, name: str, entry: Mapping[str, Any], group: Mapping[
             raise Unusable(f"{key} of {brief(name)} has negative entries, which a mean of squares cannot have")
 
 
+def untouched(kind: Kind, entry: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether a parameter never had a gradient: its step is 0, and its tensors are as they begin (Adagrad makes them at once).
+
+    Args:
+        kind: The class.
+        entry: Its state, with tensors and numbers.
+        group: Its hyperparameters.
+
+    Returns:
+        False if a step was taken, or the state contradicts itself.
+
+    Example:
+        >>> from curvkit.checkpoints.optimizer_kinds import KINDS
+        >>> untouched(KINDS[1], {"step": 0, "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}, {})
+        True
+    """
+    if "step" not in kind.numbers or not _is_number(entry["step"]) or entry["step"] != 0:
+        return False
+    first = group.get("initial_accumulator_value", 0.0)
+    held = [entry[key] for key in sorted(kind.tensors | kind.optional) if key in entry]
+    return all(isinstance(value, Tensor) and bool((value == value.new_tensor(first)).all()) for value in held)
+
+
 def _allowed(name: str, value: Any) -> bool:
     if name in ("nesterov", "amsgrad", "centered", "decoupled_weight_decay"):
         return isinstance(value, bool)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from curvkit.checkpoints.decay_groupings import SORTED, Shape, Shapes, groupings
 from curvkit.checkpoints.documents import brief
 from curvkit.checkpoints.names import clean
 from curvkit.checkpoints.optimizer_kinds import Unusable
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
-TRAINER, DIMENSIONS = "decay grouping of Hugging Face's Trainer", "decay grouping by dimension, as in nanoGPT"
-TIMM, MODULE = "decay grouping of timm", "order of the module"
-SORTED = "decay grouping with sorted names, as in minGPT"
-NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-"""Names whose parameters the Trainer does not decay: its own patterns, of version 5; layers are told by type there."""
+MODULE = "order of the module"
 
 
 @dataclass(frozen=True)
@@ -28,7 +22,7 @@ class Order:
         names: Per group.
         source: In words, how they are known.
         certain: Whether no other parameter could stand at any of the positions.
-        grouped: Whether it is certain at least which group each of them belongs to.
+        grouped: Whether it is certain at least which group each of them belongs to: all parameters of one shape are in the same one.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -106,20 +100,20 @@ def by_position(groups: Sequence[Sequence[Shape | None]], decays: Sequence[float
         )
     refuse_foreign([shape for group in groups for shape in group], own)
     wanted = [shape for group in groups for shape in group]
-    sure = _sure(wanted, own)
+    sure, grouped = _sure(wanted, own), _apart(groups, own)
     found: dict[tuple[tuple[str, ...], ...], Order] = {}
-    for source, pools in _groupings(groups, decays, own, kind):
+    for source, pools in groupings(groups, decays, own, kind):
         if source == SORTED and found:
             continue
         placed = [_placed(pool, group, own) for pool, group in zip(pools, groups, strict=True)]
         if all(place is not None for place in placed):
             names = tuple(place for place in placed if place is not None)
-            found.setdefault(names, Order(names, source, sure, sure or decays[0] != decays[1]))
+            found.setdefault(names, Order(names, source, sure, grouped))
     flat = _placed(tuple(own), wanted, own)
     if flat is not None and not (found and all(shape is None for shape in wanted)):  # without shapes any division fits
         rest = iter(flat)
         names = tuple(tuple(next(rest) for _ in group) for group in groups)
-        found.setdefault(names, Order(names, MODULE, sure, sure or len(groups) == 1))
+        found.setdefault(names, Order(names, MODULE, sure, grouped))
     if len(found) == 1:
         return next(iter(found.values()))
     raise Unusable(_unclear(groups, own, [order.source for order in found.values()]))
@@ -164,44 +158,6 @@ def _prefixes(name: str) -> list[str]:
     return [name[: index + 1] for index, letter in enumerate(name) if letter == "."]
 
 
-def _groupings(
-    groups: Sequence[Sequence[Shape | None]], decays: Sequence[float], own: Shapes, kind: str
-) -> list[tuple[str, tuple[tuple[str, ...], ...]]]:
-    """Two groups as trainers make them: a name, and the parameters of each group."""
-    if len(groups) != 2:
-        return []
-    vectors = {name for name, shape in own.items() if len(shape) < 2}
-    if decays[0] == 0 < decays[1]:
-        without = {name for name in own if name in vectors or name.endswith(".bias")}
-        return [(TIMM, (_only(own, without), _without(own, without)))]
-    if decays[1] != 0:
-        return []
-    named = {name for name in own if NO_DECAY.search(name.lower())}
-    norms = _norms(own)
-    old = {name for name in own if "bias" in name} | norms
-    rules: list[tuple[str, set[str]]] = [(TRAINER, named | norms), (TRAINER, named), (TRAINER, old)]
-    rules.insert(len(rules) if kind.startswith(("Hugging Face", "PEFT")) else 0, (DIMENSIONS, vectors))
-    made = [(source, (_without(own, less), _only(own, less))) for source, less in rules]
-    ordered = dict(sorted(own.items()))
-    return [*made, (SORTED, (_without(ordered, vectors), _only(ordered, vectors)))]
-
-
-def _norms(own: Shapes) -> set[str]:
-    """Weights of layers that have nothing but a vector to scale and perhaps one to shift: normalisation."""
-    layers: dict[str, dict[str, Shape]] = {}
-    for name, shape in own.items():
-        prefix, _, last = name.rpartition(".")
-        layers.setdefault(prefix, {})[last] = shape
-    return {
-        f"{prefix}.weight"
-        for prefix, held in layers.items()
-        if prefix
-        and len(held.get("weight", ())) == 1
-        and set(held) <= {"weight", "bias"}
-        and len(set(held.values())) == 1
-    }
-
-
 def _placed(pool: Sequence[str], wanted: Sequence[Shape | None], own: Shapes) -> tuple[str, ...] | None:
     """The names of a pool at which the shapes stand, in order; None if they fit nowhere, or in several ways."""
     if len(wanted) == len(pool):
@@ -231,6 +187,13 @@ def _sure(wanted: Sequence[Shape | None], own: Shapes) -> bool:
     return all(shape is not None and there[shape] == 1 for shape in wanted)
 
 
+def _apart(groups: Sequence[Sequence[Shape | None]], own: Shapes) -> bool:
+    """Whether every shape is in one group only, as often as the model has it, so that no parameter could be in another group."""
+    there = Counter(own.values())
+    held = [(shape, count) for group in groups for shape, count in Counter(group).items()]
+    return all(shape is not None and count == there[shape] for shape, count in held)
+
+
 def _unclear(groups: Sequence[Sequence[Shape | None]], own: Shapes, fitting: Sequence[str]) -> str:
     trained = sum(map(len, groups))
     if len(fitting) > 1:
@@ -242,11 +205,3 @@ def _unclear(groups: Sequence[Sequence[Shape | None]], own: Shapes, fitting: Seq
     if len(groups) > 1:
         return f"how the optimizer's {len(groups)} groups divide the parameters is not known: it has no names"
     return "the shapes in the optimizer's state are those of the model in another order, and it has no names"
-
-
-def _only(own: Iterable[str], names: set[str]) -> tuple[str, ...]:
-    return tuple(name for name in own if name in names)
-
-
-def _without(own: Iterable[str], names: set[str]) -> tuple[str, ...]:
-    return tuple(name for name in own if name not in names)

@@ -14,7 +14,7 @@ from curvkit.checkpoints.documents import brief
 from curvkit.checkpoints.learning_rates import Rate, rates
 from curvkit.checkpoints.optimizer_entries import Held, plain_number
 from curvkit.checkpoints.optimizer_kinds import Kind, Unusable, class_name, kind_of
-from curvkit.checkpoints.optimizer_numbers import check_entry, check_hyperparameters
+from curvkit.checkpoints.optimizer_numbers import check_entry, check_hyperparameters, untouched
 from curvkit.checkpoints.optimizer_order import Order, Shapes, by_position, refuse_foreign
 from curvkit.errors import InvalidArgument
 
@@ -126,12 +126,15 @@ def _found(checkpoint: Checkpoint, own: Shapes) -> OptimizerState:
     if not held.entries and kind.name != "SGD":
         raise Unusable(f"the optimizer's state is empty: {name} had taken no step")
     order = held.named(checkpoint, own) or _ordered(held, kind, own, checkpoint)
+    parameters = dict(_parameters(held, kind, order, own))
+    if not parameters and kind.name != "SGD":
+        raise Unusable(f"the optimizer's state is empty: {name} had taken no step")
     return OptimizerState(
         name,
         held.groups,
-        dict(_parameters(held, kind, order, own)),
+        parameters,
         order.source,
-        order.certain or (kind.name == "SGD" and _complete(held, own)),
+        order.certain or (kind.name == "SGD" and order.grouped),  # which needs to know the groups alone
         rates(held.groups, checkpoint.schedule),
     )
 
@@ -143,15 +146,14 @@ def _ordered(held: Held, kind: Kind, own: Shapes, checkpoint: Checkpoint) -> Ord
     decays = [float(group.get("weight_decay", 0.0)) for group in held.groups]
     if kind.name != "SGD":
         return by_position(shapes, decays, own, checkpoint.kind)
-    alike = len({_essence(group, kind) for group in held.groups}) == 1
+    alike = _alike(held, kind, checkpoint)
     if alike and _complete(held, own):
         refuse_foreign([shape for group in shapes for shape in group], own)
         rest = iter(own)
         names = tuple(tuple(next(rest) for _ in group) for group in shapes)
         return Order(names, "one rule for all parameters", certain=False, grouped=True)
     order = by_position(shapes, decays, own, checkpoint.kind)
-    decay_alone = len({_essence({**group, "weight_decay": 0.0}, kind) for group in held.groups}) == 1
-    if not alike and not order.certain and not (order.grouped and decay_alone):
+    if not alike and not order.certain and not order.grouped:
         raise Unusable(
             f"how the optimizer's {len(held.groups)} groups divide the parameters is not known: it has no names"
         )
@@ -175,6 +177,8 @@ def _parameters(held: Held, kind: Kind, order: Order, own: Shapes) -> Iterator[t
                     found[name] = ParameterState(index, {}, {})
                 continue
             entry = {k: plain_number(v) if k in kind.numbers else v for k, v in entry.items()}
+            if untouched(kind, entry, held.groups[index]):
+                continue
             check_entry(kind, name, entry, held.groups[index])
             tensors = {k: v.detach().cpu() for k, v in entry.items() if k not in kind.numbers}
             if kind.name == "SGD" and not order.certain:
@@ -202,5 +206,13 @@ def _refuse_flat(shapes: Sequence[Sequence[tuple[int, ...] | None]], own: Shapes
             )
 
 
+def _alike(held: Held, kind: Kind, checkpoint: Checkpoint) -> bool:
+    """Whether all groups have one rule: hyperparameters, and what they are at every learning rate that is known."""
+    if any(len(set(rate.values)) > 1 for rate in rates(held.groups, checkpoint.schedule)):
+        return False
+    return len({_essence(group, kind) for group in held.groups}) == 1
+
+
 def _essence(group: Mapping[str, Any], kind: Kind) -> tuple[Any, ...]:
-    return tuple(group[name] for name in sorted(kind.hyperparameters))
+    cycled = (group.get("max_momentum"), group.get("base_momentum"))
+    return *(group[name] for name in sorted(kind.hyperparameters)), *map(repr, cycled)

@@ -144,7 +144,7 @@ def sampled(A: LinearMap, index: int, *, lengths: Sequence[int], seed: int, bloc
         Y = [A.matvec(X[0])] if block_size == 1 else list(A.matmat(torch.stack(X, dim=1)).unbind(1))
         return torch.stack([part_sums(x, y, lengths) for x, y in zip(X, Y, strict=True)])
 
-    rows = list(derived(A, "part sums", X, made))
+    rows = list(derived(A, "part sums", X, made, (block_size, len(lengths))))
     for i, row in enumerate(rows):
         refuse_not_finite(row, f"with probe {index + i + 1}")
     return rows

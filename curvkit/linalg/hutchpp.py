@@ -104,4 +104,4 @@ def sampled(A: LinearMap, basis: Basis, x: Tensor, lengths: Sequence[int]) -> Te
         basis.orthogonalize(y)
         return part_sums(x, y, lengths)
 
-    return derived(A, "remaining part sums", [w], made)
+    return derived(A, "remaining part sums", [w], made, (len(lengths),))

@@ -13,6 +13,9 @@ from torch import Tensor
 from curvkit.linalg.maps import LinearMap
 from curvkit.results.journal import NOTHING_KEPT, Journal, Kept
 
+Shape = Sequence[int | None]
+"""Of a tensor; None: any length."""
+
 
 class Recorded:
     """A linear map that remembers its products under a digest of the vectors.
@@ -51,30 +54,38 @@ class Recorded:
 
     def matvec(self, v: Tensor) -> Tensor:
         """Multiply one vector, [n] -> [n]."""
-        return self.derived("product", [v], lambda: self.A.matvec(v))
+        return self._known("product", [v], lambda: self.A.matvec(v), (self.n,), self.dtype).to(self.device)
 
     def matmat(self, V: Tensor) -> Tensor:
         """Multiply several vectors, [n, k] -> [n, k]."""
-        return self.derived("products", V.unbind(1), lambda: self.A.matmat(V))
+        made = self._known("products", V.unbind(1), lambda: self.A.matmat(V), (self.n, V.shape[1]), self.dtype)
+        return made.to(self.device)
 
-    def derived(self, label: str, vectors: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+    def derived(self, label: str, vectors: Sequence[Tensor], make: Callable[[], Tensor], shape: Shape) -> Tensor:
         """Recall what was made from products with some vectors, or make it and keep it instead of the products.
 
         Args:
             label: What it is.
             vectors: Each [n].
             make: Multiplies with this map.
+            shape: Of what it makes, float64 on the CPU; None: any length.
 
         Returns:
             What `make` returns or returned.
         """
+        return self._known(label, vectors, make, shape, torch.float64)
+
+    def _known(
+        self, label: str, vectors: Sequence[Tensor], make: Callable[[], Tensor], shape: Shape, dtype: torch.dtype
+    ) -> Tensor:
+        """What was kept, on the CPU, if it can be what was made; else it is made."""
         if self._inside:
             return make()
         key = f"{self._name}/{label}/{digest(vectors)}"
         kept = self._journal.recalled(key)
-        if kept is not None:
+        if kept is not None and _fits(kept, shape, dtype):
             self._error = max(self._error, kept.error)
-            found = kept.tensor.clone().to(self.device)  # in torch's own memory: kernels may round by the alignment
+            found = kept.tensor.clone()  # in torch's own memory: kernels may round by the alignment
             return found.T if kept.turned else found
         began, self._inside = time.perf_counter(), True
         try:
@@ -101,14 +112,15 @@ def recorded(A: LinearMap, journal: Journal, name: str) -> LinearMap:
     return A if journal is NOTHING_KEPT else Recorded(A, journal, name)
 
 
-def derived(A: LinearMap, label: str, vectors: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+def derived(A: LinearMap, label: str, vectors: Sequence[Tensor], make: Callable[[], Tensor], shape: Shape) -> Tensor:
     """Make something small from products with A, which a map with a memory keeps in place of the products.
 
     Args:
         A: The map that `make` multiplies with.
         label: What it is; two things that are made from the same vectors have two labels.
         vectors: What it depends on, each [n].
-        make: Makes it.
+        make: Makes it, in float64 on the CPU.
+        shape: Of what it makes; what was kept in another one is made again.
 
     Returns:
         What `make` returns.
@@ -116,11 +128,18 @@ def derived(A: LinearMap, label: str, vectors: Sequence[Tensor], make: Callable[
     Example:
         >>> from curvkit.linalg import DenseMap
         >>> A, x = DenseMap(torch.eye(2)), torch.ones(2)
-        >>> derived(A, "form", [x], lambda: x @ A.matvec(x)).item()
+        >>> derived(A, "form", [x], lambda: (x @ A.matvec(x)).double(), ()).item()
         2.0
     """
     known = getattr(A, "derived", None)
-    return make() if known is None else known(label, vectors, make)
+    return make() if known is None else known(label, vectors, make, shape)
+
+
+def _fits(kept: Kept, shape: Shape, dtype: torch.dtype) -> bool:
+    """Whether it has this shape and dtype, and is finite."""
+    found = kept.tensor.shape[::-1] if kept.turned else kept.tensor.shape
+    same = len(found) == len(shape) and all(wanted in (None, size) for wanted, size in zip(shape, found, strict=True))
+    return same and kept.tensor.dtype == dtype and bool(kept.tensor.isfinite().all())
 
 
 def clock_of(A: LinearMap) -> Callable[[], float]:

@@ -236,7 +236,7 @@ def _exact(A: LinearMap, lengths: Sequence[int]) -> Iterator[Draws]:
     known = torch.zeros(len(lengths), dtype=torch.float64)
     for begin in range(0, A.n, CHUNK):
         size = min(CHUNK, A.n - begin)
-        entries = derived(A, "diagonal", [torch.tensor([begin, size])], partial(_diagonal, A, begin, size))
+        entries = derived(A, "diagonal", [torch.tensor([begin, size])], partial(_diagonal, A, begin, size), (size,))
         known.index_add_(0, owner[begin : begin + size], entries)
         done, step = begin + size, min(CHUNK, A.n - begin - size)
         if step:

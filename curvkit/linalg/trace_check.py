@@ -13,7 +13,7 @@ from curvkit.linalg import student
 from curvkit.linalg.basis import dot, norm
 from curvkit.linalg.certificate import ASYMMETRY, PERTURBATION, ROUNDING, OtherArithmetic, assumed_error
 from curvkit.linalg.maps import LinearMap
-from curvkit.linalg.recorded import derived
+from curvkit.linalg.recorded import Shape, derived
 from curvkit.results.trace_estimate import ProductCheck
 
 PROBES = 3
@@ -53,10 +53,10 @@ class Witness:
             self._keep(v, y)
         return Y
 
-    def derived(self, label: str, vectors: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+    def derived(self, label: str, vectors: Sequence[Tensor], make: Callable[[], Tensor], shape: Shape) -> Tensor:
         """Make something small from products: while they are looked at, the products themselves; see `recorded.derived`."""
         watching = self.check is None and len(self.products) < PROBES
-        return make() if watching else derived(self.A, label, vectors, make)
+        return make() if watching else derived(self.A, label, vectors, make, shape)
 
     @property
     def ready(self) -> bool:

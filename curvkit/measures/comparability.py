@@ -9,6 +9,7 @@ import torch
 
 from curvkit.errors import InvalidArgument, UnknownObjective
 from curvkit.losses.batches import cast
+from curvkit.losses.sameness import difference
 from curvkit.objectives import Objective
 from curvkit.objectives.data import fingerprint
 from curvkit.parameters import ParameterSpace
@@ -102,11 +103,11 @@ def _refuse_other_parameters(reference: tuple[str, ParameterSpace], other: tuple
 
 def _refuse_other_function(reference: tuple[str, Objective], other: tuple[str, Objective]) -> None:
     (first, it), (name, its) = reference, other
-    losses = [f"{one.loss.name} ({one.loss.reduction})" for one in (it, its)]
-    if losses[0] != losses[1]:
+    unlike = difference(its.loss, it.loss)
+    if unlike is not None:
         raise UnknownObjective(
-            f"compare: {name} is measured by another loss than {first}: {losses[1]}, there {losses[0]}. Numbers of different losses do not "
-            "compare; measure all by one objective."
+            f"compare: {name} is measured by another loss than {first}: {unlike}. Numbers of different losses do not compare; measure "
+            "all by one objective."
         )
     if it.mode != its.mode:
         raise UnknownObjective(

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from curvkit import seeds
 from curvkit.errors import CurvkitError, InvalidArgument
+from curvkit.losses import sameness
 from curvkit.measures import paired
 from curvkit.measures.comparability import comparable, other_model
 from curvkit.measures.compared import Measured
@@ -51,7 +52,7 @@ def compare_steps(
             refuse_not_finite("compare", objective)
             checked = settings.checked(objective)
             parts = parts or paired.divided(tuple(named.values()))
-            notes = (*objective.notes, *_printed(objective, next(iter(named.values()))), *doubts(checked))
+            notes = (*objective.notes, *_unlike(objective, next(iter(named.values()))), *doubts(checked))
             losses = paired.losses(objective.with_batches(parts))
             theta = objective.parameters.join([tensor.detach() for tensor in objective.tensors])
             points.append(Measured(name, theta, losses, preflight=checked, notes=notes))
@@ -121,9 +122,12 @@ def compare(
     return last
 
 
-def _printed(objective: Objective, reference: Objective) -> tuple[str, ...]:
-    found = None if objective is reference else other_model(objective, reference)
-    return () if found is None else (found,)
+def _unlike(objective: Objective, reference: Objective) -> tuple[str, ...]:
+    """Where the function at this point may be another one than the reference's."""
+    if objective is reference:
+        return ()
+    found = (other_model(objective, reference), sameness.doubt(objective.loss, reference.loss))
+    return tuple(note for note in found if note is not None)
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def spread(operator: BatchwiseOperator, v: Tensor, journal: Journal = NOTHING_KE
     def made() -> Tensor:
         return torch.tensor(operator.batch_quotients(v), dtype=torch.float64)  # [2, b]
 
-    quotients, weights = derived(recorded(operator, journal, "spread"), "quotients", [v], made).tolist()
+    quotients, weights = derived(recorded(operator, journal, "spread"), "quotients", [v], made, (2, None)).tolist()
     if objective.loss.reduction == "sum":
         sizes = [_size(operator.objective.with_batches([batch])) for batch in operator.objective.batches]
         quotients, weights = [q * sum(sizes) / size for q, size in zip(quotients, sizes, strict=True)], sizes
@@ -171,7 +171,7 @@ def halves(
         operator = in_plan(make, other, journal, f"held out {index}", residency="streamed")
         scale = _size(objective) / _size(other) if objective.loss.reduction == "sum" else 1.0
         A, quotient = recorded(operator, journal, f"held out {index}"), partial(_quotient, operator, u)
-        held_out.append(scale * derived(A, "quotient", [u], quotient).item())
+        held_out.append(scale * derived(A, "quotient", [u], quotient, ()).item())
         yield None
     yield Halves((held_out[0], held_out[1]), in_sample)
 

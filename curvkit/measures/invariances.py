@@ -106,7 +106,7 @@ def scale_invariance(objective: Objective, *, seed: int | None = None) -> ScaleI
         zero=names["zero"],
         tensors=len(objective.parameters.entries),
         parameters=sum(entry.numel for entry in kinds["invariant"]),
-        notes=(BATCH_NORM,) if _has_batch_norm(objective.model) else (),
+        notes=(BATCH_NORM,) if has_fixed_statistics(objective.model) else (),
     )
 
 
@@ -147,6 +147,18 @@ class _Probe:
         return difference if math.isfinite(difference) else math.inf
 
 
-def _has_batch_norm(model: nn.Module) -> bool:
+def has_fixed_statistics(model: nn.Module) -> bool:
+    """Whether BatchNorm is measured by its running statistics, where training uses those of the batch.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        True if it has BatchNorm in evaluation mode.
+
+    Example:
+        >>> has_fixed_statistics(nn.BatchNorm1d(2)), has_fixed_statistics(nn.BatchNorm1d(2).eval())
+        (False, True)
+    """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     return any(isinstance(module, kinds) and not module.training for module in model.modules())

@@ -21,12 +21,37 @@ from curvkit.operators import Plan
 from curvkit.operators.preflight import Preflight
 from curvkit.results import Definition, Eigenpairs, TraceEstimate
 
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+"""In which a model may be when it is measured, and in which products are made."""
+
+
+def precision_of(name: Any) -> torch.dtype:
+    """Read the name of a precision again.
+
+    Args:
+        name: "float32" or "float64", with or without "torch." before it.
+
+    Returns:
+        The precision.
+
+    Raises:
+        ValueError: If it is another one, or none.
+
+    Example:
+        >>> precision_of("torch.float64")
+        torch.float64
+    """
+    known = PRECISIONS.get(name.removeprefix("torch.")) if isinstance(name, str) else None
+    if known is None:
+        raise ValueError(f"{name!r} is none of the precisions {', '.join(PRECISIONS)}")
+    return known
+
 
 def sharpness_of(document: Mapping[str, Any]) -> Sharpness:
     """Read the document of `curvkit sharpness -o` again.
 
     Args:
-        document: As it was written.
+        document: As it was written; parts that are younger than the schema may be missing.
 
     Returns:
         The result, without its vectors.
@@ -70,9 +95,9 @@ def sharpness_of(document: Mapping[str, Any]) -> Sharpness:
         else Spread(tuple(spread["quotients"]), tuple(spread["weights"]), _number(spread["stderr"], math.nan)),
         halves=None if halves is None else Halves(tuple(halves["held_out"]), halves["in_sample"]),
         arithmetic=it["search_dtype"],
-        scale=_scale(it["scale_invariance"]),
-        adaptive=_adaptive(it["adaptive_sharpness"]),
-        stability=_stability(it["stability"]),
+        scale=_scale(it.get("scale_invariance")),
+        adaptive=_adaptive(it.get("adaptive_sharpness")),
+        stability=_stability(it.get("stability")),
         **_common(it, record),
     )
 

@@ -13,12 +13,14 @@ from curvkit.checkpoints.optimizer_state import OptimizerState, Unassigned
 from curvkit.errors import InvalidArgument
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.eigenvalues import SharpnessSettings
-from curvkit.measures.frozen_state import NoLimit, common
-from curvkit.measures.limit_verdict import DECAYED, IDLE, verdict
+from curvkit.measures.frozen_state import NoLimit
+from curvkit.measures.invariances import has_fixed_statistics
+from curvkit.measures.limit_verdict import IDLE, verdict
+from curvkit.measures.rate_ratios import at_rate, ratio_of, reference_rate
 from curvkit.measures.remembering import kept_around, settled_seed
 from curvkit.measures.scaled_search import largest_between
 from curvkit.measures.sharpness_result import Sharpness
-from curvkit.measures.stability_result import RateRatio, Stability
+from curvkit.measures.stability_result import Stability
 from curvkit.measures.state_evidence import confirm
 from curvkit.measures.updates import Update
 from curvkit.objectives import Objective
@@ -26,6 +28,10 @@ from curvkit.operators import CurvatureOperator
 from curvkit.results import Eigenpairs
 from curvkit.results.journal import NOTHING_KEPT, Journal
 
+FIXED_STATISTICS = (
+    "BatchNorm is measured with fixed statistics and was trained with those of the batch, which is another function: parameters before it "
+    "that had no gradient there have curvature here"
+)
 CONFIRMED = "that order was tested: the moments fit the gradients on this data"
 
 
@@ -71,19 +77,20 @@ def stability_steps(
     if refuted is not None:
         yield Stability(state.name, refuted, seconds=journal.clock() - began)
         return
-    rates, label = _rates(state, lr)
-    values = next((rate.values for rate in rates if rate.label == label), rates[0].values)
+    rates, reference = reference_rate(state, lr)
+    frozen, moved = at_rate(state, reference)
     dtype = torch.promote_types(objective.dtype, torch.float32 if settings.rule == "reverse" else torch.float64)
-    update = Update.of(state, objective.parameters, values, dtype=dtype, device=objective.device)
+    update = Update.of(frozen, objective.parameters, reference.values, dtype=dtype, device=objective.device)
     if isinstance(update, NoLimit):
         yield Stability(state.name, update.reason, seconds=journal.clock() - began)
         return
-    said = update.notes if state.certain else (*update.notes, CONFIRMED)
-    found = Stability(state.name, None, "searching", update, reference=label, notes=said)
+    said = (*moved, *update.notes) if state.certain else (*moved, *update.notes, CONFIRMED)
+    found = Stability(state.name, None, "searching", update, reference=reference.label, notes=said)
     if update.constant and known is not None and _has_largest(known.eigenpairs):
         found = replace(found, definition=known.definition, seed=known.seed)
         folded = _folded(known.eigenpairs, update)
-        yield _complete(replace(found, eigenpairs=folded, seconds=journal.clock() - began), rates)
+        found = replace(found, eigenpairs=folded, seconds=journal.clock() - began)
+        yield _of_training(_complete(found, state, rates), objective)
         return
     seed = settled_seed(journal, seed)
     preflight = None if known is not None else settings.checked(objective)
@@ -104,7 +111,8 @@ def stability_steps(
         folded = _folded(pairs, update) if update.constant else pairs
         found = replace(found, eigenpairs=folded, products=pairs.products, seconds=journal.clock() - began)
         yield found
-    yield _complete(replace(found, notes=(*notes, *operator.notes), seconds=journal.clock() - began), rates)
+    found = replace(found, notes=(*notes, *operator.notes), seconds=journal.clock() - began)
+    yield _of_training(_complete(found, state, rates), objective)
 
 
 def stability(
@@ -159,19 +167,6 @@ def stability(
     return last
 
 
-def _rates(state: OptimizerState, lr: float | None) -> tuple[tuple[Rate, ...], str]:
-    """All rates that are to be shown, and the label of the one that the figures are of."""
-    current = next(rate for rate in state.rates if rate.label == "current")
-    highest = max(state.rates, key=lambda rate: max(rate.values))
-    label = "current" if max(current.values) >= DECAYED * max(highest.values) else highest.label
-    if lr is None:
-        return state.rates, label
-    base = next(rate for rate in state.rates if rate.label == label).values
-    most = max(base)
-    given = Rate("given", tuple(lr * value / most if most > 0.0 else lr for value in base), "as asked")
-    return (*state.rates, given), "given"
-
-
 def _alone(A: CurvatureOperator) -> CurvatureOperator:
     """Nothing around a matrix."""
     return A
@@ -204,13 +199,20 @@ def _folded(pairs: Eigenpairs, update: Update) -> Eigenpairs:
     )
 
 
-def _complete(result: Stability, rates: Sequence[Rate]) -> Stability:
+def _complete(result: Stability, state: OptimizerState, rates: Sequence[Rate]) -> Stability:
     """The last word: ratios of all rates, the mass on idle coordinates, the verdict."""
     result = replace(result, stage="complete", idle_mass=_idle_mass(result))
     reference = next(rate for rate in rates if rate.label == result.reference)
-    result = replace(result, rates=tuple(_ratio(rate, reference, result) for rate in rates))
+    result = replace(result, rates=tuple(ratio_of(rate, reference, result, state) for rate in rates))
     said, reason = _verdict(result, rates)
     return replace(result, verdict=said, reason=reason)
+
+
+def _of_training(result: Stability, objective: Objective) -> Stability:
+    """Without a verdict where the function that is measured is not the one that was trained."""
+    if result.verdict is None or not has_fixed_statistics(objective.model):
+        return result
+    return replace(result, verdict=None, reason=FIXED_STATISTICS)
 
 
 def _verdict(result: Stability, rates: Sequence[Rate]) -> tuple[str | None, str | None]:
@@ -226,7 +228,7 @@ def _verdict(result: Stability, rates: Sequence[Rate]) -> tuple[str | None, str 
         current = max(next(rate for rate in rates if rate.label == "current").values)
         return (
             None,
-            f"the learning rate has decayed to {current:.3g}; the figures are of its {_called(result.reference)}",
+            f"the learning rate is {current:.3g}, far below its highest; the figures are of its {_called(result.reference)}",
         )
     return verdict(interval, converged=result.converged)
 
@@ -239,22 +241,6 @@ def _idle_mass(result: Stability) -> float | None:
         return 0.0
     u = result.eigenpairs.vectors[:, 0].double()
     return (u[result.update.idle].square().sum() / u.square().sum()).item()
-
-
-def _ratio(rate: Rate, reference: Rate, result: Stability) -> RateRatio:
-    """A rate over the largest stable one, if its groups stand in the proportions that were measured."""
-    largest, measured, interval = max(rate.values), max(reference.values), result.ratio_interval
-    proportions = (
-        [a / largest for a in rate.values] if largest > 0.0 else [],
-        [b / measured for b in reference.values],
-    )
-    same = largest > 0.0 and all(a == b or common([a, b]) is not None for a, b in zip(*proportions, strict=True))
-    if not same or result.ratio is None or interval is None:
-        return RateRatio(rate.label, largest, rate.source, None)
-    factor = largest / measured
-    return RateRatio(
-        rate.label, largest, rate.source, factor * result.ratio, (factor * interval[0], factor * interval[1])
-    )
 
 
 def _called(label: str | None) -> str:

@@ -21,8 +21,9 @@ class RateRatio:
     lr: float
     """The largest of the groups."""
     source: str
+    """In words; behind it why there is no ratio."""
     ratio: float | None
-    """lr / largest stable lr; None where its groups stand in other proportions than those that were measured, or the rate is 0."""
+    """lr / largest stable lr; None where its groups stand in other proportions or at another momentum than was measured, or it is 0."""
     interval: Interval | None = None
 
 

@@ -30,6 +30,8 @@ from curvkit.results import TraceEstimate, TraceParts
 from curvkit.results.journal import NOTHING_KEPT, Journal
 
 Operator = Hessian | DifferenceHessian
+SIZES = ("max_rows", "block_size")
+"""What a run decides by the memory that is free."""
 TOGETHER = 4
 """Probes per product where graphs are streamed, which then are built once for all of them."""
 
@@ -74,7 +76,7 @@ def trace_steps(
     settings, began, seed = settings or TraceSettings(), journal.clock(), settled_seed(journal, seed)
     checked = settings.checked(objective)
     operator = settings.operator(objective, journal)
-    search = replace(settings.search, **decided(journal, "search", partial(_sizes, settings, operator)))
+    search = replace(settings.search, **decided(journal, "search", partial(_sizes, settings, operator), SIZES))
     result: Trace | None = None
     said: list[str] = []
     for found in _estimates(operator, replace(settings, search=search), seed, said, journal):
@@ -280,7 +282,7 @@ def lengths_of(operator: Operator) -> tuple[int, ...]:
 def _sizes(settings: TraceSettings, operator: Operator) -> dict[str, int | None]:
     """What `fitted` chooses."""
     search = fitted(settings, operator.objective, operator.plan)
-    return {"max_rows": search.max_rows, "block_size": search.block_size}
+    return {name: getattr(search, name) for name in SIZES}
 
 
 def fitted(settings: TraceSettings, objective: Objective, plan: Plan) -> linalg_trace.Settings:

@@ -115,7 +115,7 @@ class Update:
         """
         if not kappa >= 0.0:
             raise InvalidArgument(
-                f"Update: kappa={kappa!r} must not be negative. It is the extra speed along flat coordinates; 0 is none."
+                f"Update: kappa={kappa!r} must not be negative. It is the extra speed along flat coordinates: pass 0 for none."
             )
         like = next((d for d in (self.steps, self.coupled, self.decay) if isinstance(d, Tensor)), None)
         dtype, device = (torch.float64, mask.device) if like is None else (like.dtype, like.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +12,13 @@ from torch import Tensor
 from curvkit.linalg import lanczos
 from curvkit.linalg.basis import dot, norm
 from curvkit.linalg.certificate import PERTURBATION, assumed_error
+from curvkit.linalg.certificate import ROUNDING as ASSUMED
 from curvkit.measures.data_doubt import spread
 from curvkit.measures.definitions import definition
 from curvkit.measures.eigenvalues import SharpnessSettings
 from curvkit.measures.products import other_arithmetic
-from curvkit.measures.restored import sharpness_of
+from curvkit.measures.restored import precision_of, sharpness_of
+from curvkit.measures.verified_parts import Check, sharpness_parts
 from curvkit.objectives import Objective
 from curvkit.operators import DifferenceHessian, Hessian
 from curvkit.operators.batchwise import BatchwiseOperator
@@ -35,17 +36,6 @@ CLOSE = 1e-3
 """The norm of a gradient that nearly vanishes, and curvature of a single batch, round more than sums over all the data."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was stated."""
-
-    what: str
-    stated: Any
-    recomputed: Any
-    holds: bool | None
-    """None: it is not recomputed."""
-
-
 def verify_sharpness(
     objective: Objective, document: Mapping[str, Any], vectors: Tensor, engine: SharpnessSettings
 ) -> Iterator[Check]:
@@ -53,7 +43,7 @@ def verify_sharpness(
 
         theta_i = v_i'H v_i,   r_i = ||H v_i - theta_i v_i||,   |theta_i - stated| <= e,   |r_i - stated| <= e
 
-    where e is the rounding of the products then, which is not taken as larger than it can be, and of those now.
+    where e is the rounding of the products then, which is not taken as larger than it can be, or as less than 64 eps, and of those now.
 
     Args:
         objective: The function, resolved anew; in any precision.
@@ -84,10 +74,12 @@ def verify_sharpness(
     size = values.abs().max().item()
     scale = size if pairs.scale <= (1 + CLOSE) * size else max(size, _largest(operator))
     yield Check("scale", pairs.scale, scale, abs(pairs.scale - scale) <= 0.1 * scale)
-    usual = usual_error(stated.plan, getattr(torch, pairs.residual_dtype)) * scale
+    precision = precision_of(pairs.residual_dtype)
+    usual = usual_error(stated.plan, precision) * scale
     possible = _possible_rounding(objective, vectors, pairs.rounding, usual)
-    yield Check("rounding", pairs.rounding, possible, pairs.rounding <= possible)
-    slack = min(pairs.rounding, possible) + error
+    least = (1 - CLOSE) * ASSUMED * torch.finfo(precision).eps * pairs.scale
+    yield Check("rounding", pairs.rounding, possible, least <= pairs.rounding <= possible, bound=True)
+    slack = max(min(pairs.rounding, possible), usual) + error
     found = zip(rows, values.tolist(), residuals.tolist(), strict=True)
     for number, (row, value, residual) in enumerate(found, start=1):
         yield from _pair(number, row, (value, residual), slack, pairs.rounding)
@@ -101,11 +93,10 @@ def verify_sharpness(
     for name, value in beyond.items():
         sign = 1.0 if name == "upper_bound" else -1.0
         if it[name] is not None:
-            yield Check(name.replace("_", " "), it[name], value, sign * (it[name] - value) >= -slack)
+            yield Check(name.replace("_", " "), it[name], value, sign * (it[name] - value) >= -slack, bound=True)
     if it["batch_spread"] is not None:
         yield _spread(it["batch_spread"], operator, vectors[stated.leading])
-    if it["halves"] is not None:
-        yield Check("halves", it["halves"]["lower"], None, None)
+    yield from sharpness_parts(document, stated, operator)
 
 
 def compared_definitions(stated: Definition, operator: BatchwiseOperator) -> Iterator[Check]:
@@ -156,7 +147,7 @@ def holding(checks: Sequence[Check]) -> bool:
 
 def _orthonormal(vectors: Tensor) -> Iterator[Check]:
     inner = vectors.double() @ vectors.double().T
-    allowed = ROUNDED * torch.finfo(vectors.dtype).eps
+    allowed = max(ROUNDED, vectors.shape[1] ** 0.5) * torch.finfo(vectors.dtype).eps  # sums of n squares were rounded
     off = (inner.diagonal().sqrt() - 1.0).abs().max().item()
     yield Check("unit length", 0.0, off, off <= allowed)
     if len(vectors) > 1:
@@ -227,7 +218,10 @@ def _spread(stated: Mapping[str, Any], operator: BatchwiseOperator, v: Tensor) -
     found = spread(operator, v.to(operator.device, operator.dtype))
     before = [*stated["quotients"], stated["stderr"]]
     now = None if found is None else [*found.quotients, found.stderr]
+    weights = [] if found is None else found.weights
+    weighted = len(weights) == len(stated["weights"])
+    weighted = weighted and all(abs(a - b) <= CLOSE * b for a, b in zip(stated["weights"], weights, strict=True))
     size = max(abs(q) for q in stated["quotients"])
     same = now is not None and len(now) == len(before)
     same = same and all(abs(a - b) <= CLOSE * size for a, b in zip(before, now or before, strict=True))
-    return Check("batch spread", before, now, same and all(math.isfinite(q) for q in before))
+    return Check("batch spread", before, now, same and weighted and all(math.isfinite(q) for q in before))

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from curvkit.errors import InvalidArgument
+from curvkit.results.files import replaced
 from curvkit.results.record import plain
 from curvkit.results.trace_estimate import TraceParts
 
@@ -140,9 +141,8 @@ class DiagonalEstimate:
             "names": list(self.values),
             "record": plain(record or {}),
         }
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, temporary, metadata={"format": FORMAT, "estimate": json.dumps(said)})
-        temporary.replace(path)
+        beside = {"format": FORMAT, "estimate": json.dumps(said)}
+        replaced(path, lambda part: save_file(tensors, part, metadata=beside))
         return path
 
     @classmethod
@@ -165,21 +165,13 @@ class DiagonalEstimate:
             names: list[str] = said["names"]
             values = {name: found[VALUE + name] for name in names}
             stderr = {name: found[STDERR + name] for name in names if STDERR + name in found}
+            lengths = tuple(value.numel() for value in values.values())
+            sums = TraceParts(lengths, found["sums:known"], found["sums:samples"]) if "sums:known" in found else None
+            cost, notes = Cost(**said["cost"]), tuple(said["notes"])
+            told = said["matrix"], said["estimator"], cost, said["samples"], said["seed"]
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InvalidArgument(f"{path}: cannot be read as a diagonal ({error}). Write it anew.") from error
-        lengths = tuple(value.numel() for value in values.values())
-        sums = TraceParts(lengths, found["sums:known"], found["sums:samples"]) if "sums:known" in found else None
-        return cls(
-            values,
-            stderr or None,
-            said["matrix"],
-            said["estimator"],
-            Cost(**said["cost"]),
-            said["samples"],
-            said["seed"],
-            sums,
-            tuple(said["notes"]),
-        )
+        return cls(values, stderr or None, *told, sums, notes)
 
 
 def _content(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

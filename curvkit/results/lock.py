@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
-from curvkit.errors import CurvkitError
+from curvkit.errors import CurvkitError, InvalidArgument
 
 LOCK = "lock"
 """Name of the file."""
@@ -23,13 +24,21 @@ def locked(path: Path) -> int | None:
 
     Raises:
         CurvkitError: If another process holds it.
+        InvalidArgument: If its file is a link: what it points to is not touched.
         OSError: If nothing can be written there.
     """
     try:
         import fcntl  # POSIX only
     except ImportError:
         return None
-    handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InvalidArgument(
+            f"{path / LOCK} is a link, and must be a file of its own in the folder of the state. Remove it, or choose another folder."
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

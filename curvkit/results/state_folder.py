@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from curvkit.errors import InvalidArgument
 from curvkit.results import manifest
+from curvkit.results.belongings import inside, refuse_strangers
 from curvkit.results.files import replaced, sha256
 from curvkit.results.journal import Kept
 from curvkit.results.lock import LOCK, let_go, locked
@@ -47,7 +49,7 @@ class StateFolder:
         tell: Gets sentences for the user.
 
     Raises:
-        InvalidArgument: If the state there is of another run.
+        InvalidArgument: If the state there is of another run, or the folder is a link, or has files and no state.
         RefusedCheckpoint: If its manifest is damaged.
         CurvkitError: If another process uses it.
         OSError: If the folder cannot be made.
@@ -73,6 +75,7 @@ class StateFolder:
         tell: Tell = lambda sentence: None,
     ) -> None:
         self.path, self._tell = path, tell
+        refuse_strangers(path)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = locked(path)
         try:
@@ -114,7 +117,7 @@ class StateFolder:
         if name is None:
             return None
         segment = self._segment(name)
-        seconds, error, turned = json.loads(segment.metadata()[key])
+        seconds, error, turned = _numbers(segment.metadata()[key])
         self.used += 1
         self._ahead += seconds
         return Kept(segment.get_tensor(key), seconds, error, turned)
@@ -185,7 +188,8 @@ class StateFolder:
 
     def _earlier(self, now: Manifest) -> Manifest:
         found = manifest.read(self.path)
-        different = list(manifest.differences(found.run, now.run))
+        rounding = manifest.rounding(found.surroundings, now.surroundings)
+        different = list(manifest.differences(found.run, now.run, rounding=rounding))
         if different:
             raise InvalidArgument(
                 f"{self.path} is the state of another run: {'; '.join(different)}. Only the same run can be resumed: type what it was "
@@ -194,22 +198,25 @@ class StateFolder:
         return found
 
     def _checked(self) -> dict[str, list[str]]:
-        """The keys of each segment that is as it was written; others leave the manifest, and strangers leave the folder."""
+        """The keys of each segment that is as it was written; others leave the manifest and the folder."""
         found: dict[str, list[str]] = {}
         for segment in self._manifest.segments:
             path = self.path / segment.name
             try:
-                if path.stat().st_size != segment.size or sha256(path) != segment.sha256:
+                if path.is_symlink() or path.stat().st_size != segment.size or sha256(path) != segment.sha256:
                     raise ValueError("it is damaged")
-                beside = _opened(path).metadata()
+                opened = _opened(path)
+                beside: dict[str, str] = opened.metadata() or {}
+                if len(beside) != segment.entries or set(beside) != set(opened.keys()):
+                    raise ValueError("it is damaged")
+                self.seconds += sum(_numbers(numbers)[0] for numbers in beside.values())
                 found[segment.name] = list(beside)
-                self.seconds += sum(json.loads(numbers)[0] for numbers in beside.values())
             except (OSError, ValueError, SafetensorError) as error:
                 reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
                 self._tell(f"{path}: left out, because {reason}; its {segment.entries} results are made again.")
         kept = tuple(segment for segment in self._manifest.segments if segment.name in found)
         self._manifest = replace(self._manifest, segments=kept)
-        for path in self.path.iterdir():
+        for path in inside(self.path):
             if path.name not in (LOCK, manifest.NAME, *found):
                 with contextlib.suppress(OSError):
                     path.unlink()
@@ -221,7 +228,7 @@ class StateFolder:
         return self._open[1]
 
     def _written(self, waiting: Mapping[str, Kept]) -> Segment:
-        numbers = [int(segment.name.split(".")[0].rpartition("-")[2]) for segment in self._manifest.segments]
+        numbers = [segment.number for segment in self._manifest.segments]
         path = self.path / f"segment-{max(numbers, default=0) + 1:06}.safetensors"
         tensors = {key: kept.tensor for key, kept in waiting.items()}
         beside = {key: json.dumps([kept.seconds, kept.error, kept.turned]) for key, kept in waiting.items()}
@@ -237,7 +244,7 @@ class StateFolder:
 
     def _remove(self) -> None:
         """The manifest first: without it nothing else counts."""
-        names = (manifest.NAME, *(path.name for path in _inside(self.path) if path.name != manifest.NAME))
+        names = (manifest.NAME, *(path.name for path in inside(self.path) if path.name != manifest.NAME))
         with contextlib.suppress(OSError):
             for name in names:
                 (self.path / name).unlink(missing_ok=True)
@@ -261,8 +268,18 @@ def _same(value: Any) -> Any:
     return json.loads(json.dumps(plain(value)))
 
 
-def _inside(path: Path) -> list[Path]:
-    return list(path.iterdir()) if path.is_dir() else []
+def _numbers(text: str) -> tuple[float, float, bool]:
+    """Seconds, error and layout of a result, as they are written beside it."""
+    said = json.loads(text)
+    if (
+        isinstance(said, list)
+        and [type(value) in (int, float) for value in said] == [True, True, False]
+        and type(said[2]) is bool
+    ):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        seconds, error = float(said[0]), float(said[1])  # pyright: ignore[reportUnknownArgumentType]
+        if math.isfinite(seconds) and seconds >= 0.0 and not math.isnan(error):
+            return seconds, error, said[2]
+    raise ValueError("it is damaged")
 
 
 def _opened(path: Path) -> Any:
