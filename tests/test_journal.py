@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from optimizer_samples import state_of, warmed
 from oracles import classes, normal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,7 +29,7 @@ from curvkit.errors import CurvkitError, InvalidArgument, RefusedCheckpoint
 from curvkit.linalg import DenseMap, lanczos
 from curvkit.linalg import trace as linalg_trace
 from curvkit.linalg.recorded import Recorded, digest, recorded
-from curvkit.measures import SharpnessSettings, TraceSettings, sharpness_steps, trace_steps
+from curvkit.measures import Companions, SharpnessSettings, TraceSettings, sharpness_steps, trace_steps
 from curvkit.results import Journal, StateFolder
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate
 from curvkit.results.files import replaced
@@ -111,11 +113,18 @@ def objective(hidden: int = 6, batches: int = 2, linear: bool = False) -> Object
 
 def bits(result: Any) -> str:
     """Everything that a result says but its time, and the bits of its vectors and samples."""
-    told = {name: value for name, value in result.to_dict().items() if name != "seconds"}
+    told = without_time(result.to_dict())
     tensors = [tensor for tensor in (vectors(result), samples(result)) if tensor is not None]
     told["tensors"] = [digest([tensor.contiguous()]) for tensor in tensors]
     told["plan"] = repr(replace(result.plan, reason="", budget_bytes=0, basis_rows=0))  # of the memory that is free
     return json.dumps(told, sort_keys=True)
+
+
+def without_time(told: Any) -> Any:
+    """Also within the parts."""
+    if isinstance(told, dict):
+        return {name: without_time(value) for name, value in told.items() if name != "seconds"}
+    return told
 
 
 def vectors(result: Any) -> Tensor | None:
@@ -249,7 +258,20 @@ def test_time_that_earlier_runs_took_counts():
 
 # ---- measurements, stopped at every result and gone on with ---------------------------------------------------------
 
+
+def beside(journal: Any) -> Iterator[Any]:
+    """Sharpness, and then adaptive sharpness and the limit of Adam."""
+    it, settings = objective(), SharpnessSettings(lanczos.Settings(max_products=8), data_doubt=False, preflight=False)
+    model = copy.deepcopy(it.model)
+    wanted = Companions(state_of(model, warmed(torch.optim.Adam, model, 3)), adaptive=True)
+    result: Any = None
+    for result in sharpness_steps(it, settings, seed=5, journal=journal):
+        yield result
+    yield from wanted.steps(it, result, settings, journal=journal)
+
+
 KINDS: dict[str, Any] = {
+    "sharpness with what stands beside it": beside,
     "sharpness": lambda journal: sharpness_steps(
         objective(),
         SharpnessSettings(lanczos.Settings(num=2, max_products=12), preflight=False),
