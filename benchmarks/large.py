@@ -36,6 +36,10 @@ def peak() -> float:
         return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM"))
 
 
+MEMORY = 16 << 30
+"""For graphs and vectors, half each, of a machine with 24 GiB: 18 vectors."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=300.0, help="At most, for each of the two searches.")
@@ -47,7 +51,7 @@ def main() -> None:
     gradient = time.perf_counter() - began
     print(f"gradient {gradient:.1f} s, peak {peak():.1f} GiB", flush=True)
     search = lanczos.Settings(max_seconds=seconds)
-    found = sharpness(it, seed=0, settings=SharpnessSettings(search, data_doubt=False))
+    found = sharpness(it, seed=0, settings=SharpnessSettings(search, data_doubt=False, memory_bytes=MEMORY))
     low, high = found.eigenpairs.intervals[0].tolist()
     print(
         f"top 1: {found.value:.5g} in [{low:.5g}, {high:.5g}], converged {found.eigenpairs.all_converged}, {found.products} products, "

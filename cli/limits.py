@@ -68,6 +68,14 @@ def limit(command: Command) -> Command:
     )(command)
 
 
+def searches(it: Limit, state: OptimizerState | Unassigned | None) -> int:
+    """How many searches stand beside that for the eigenvalues, as far as that is known before anything is measured."""
+    from curvkit.checkpoints.optimizer_state import OptimizerState
+
+    alone = isinstance(state, OptimizerState) and state.name == "SGD" and len(state.groups) == 1
+    return int(it.adaptive is True) + int(isinstance(state, OptimizerState) and not alone)
+
+
 def wanted(it: Limit) -> dict[str, Any]:
     """What a run that is gone on with must have in common."""
     return asdict(it)

@@ -132,6 +132,13 @@ def test_adamw_is_compared_in_its_own_metric(told: Callable[..., dict[str, Any]]
     )
 
 
+def test_the_plan_counts_the_search_for_the_limit(told: Callable[..., dict[str, Any]]):
+    model, optimizer = trained(adamw)
+    curvkit.save("ckpt.pt", model=model, optimizer=optimizer)
+    products = [told("--plan", *more)["products"] for more in (["--no-limit"], [], ["--adaptive"])]
+    assert products == [15, 30, 45]
+
+
 def test_what_is_printed(typed: Typed):
     model, optimizer = trained(adamw)
     curvkit.save("ckpt.pt", model=model, optimizer=optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,9 @@ def sharpness(
     limits.refuse_idle(limit)
     settings = _settings(num, which, block_size, data_doubt, budget)
     if budget.plan:
-        return planning.planned(ctx, target, data, lasting, partial(_forecast, settings=settings))
+        searches = partial(limits.searches, limit)
+        make = partial(_forecast, settings=settings, searches=lambda: searches(ctx.meta.get(OPTIMIZER)))
+        return planning.planned(ctx, target, data, lasting, make)
     beside = partial(limits.beside, limit, lambda: ctx.meta.get(OPTIMIZER), settings)
     return running.run(ctx, target, data, lasting, _measurement(settings, budget, lasting, limit, beside))
 
@@ -174,10 +176,10 @@ def _settings(num: int, which: Any, block_size: int, data_doubt: bool, budget: B
     )
 
 
-def _forecast(objective: Objective, settings: SharpnessSettings) -> Forecast:
+def _forecast(objective: Objective, settings: SharpnessSettings, searches: Callable[[], int]) -> Forecast:
     from curvkit.measures import forecast_sharpness
 
-    return forecast_sharpness(objective, settings)
+    return forecast_sharpness(objective, settings, searches=searches())
 
 
 def _told(result: Sharpness, settings: SharpnessSettings) -> tuple[float, str]:

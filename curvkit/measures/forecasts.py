@@ -22,12 +22,15 @@ PROBES = 100
 """Products that a trace to 5 % typically takes where it is sampled."""
 
 
-def forecast_sharpness(objective: Objective, settings: SharpnessSettings | None = None) -> Forecast:
+def forecast_sharpness(
+    objective: Objective, settings: SharpnessSettings | None = None, *, searches: int = 0
+) -> Forecast:
     """Plan `sharpness` without measuring.
 
     Args:
         objective: The function.
         settings: As for `sharpness_steps`; None takes the defaults.
+        searches: How many more, for one eigenvalue each, stand beside it, see `Companions`.
 
     Returns:
         The plan with bytes and seconds, both estimated; 15 products for one eigenvalue, 10 for each further one, and as many again for
@@ -52,6 +55,7 @@ def forecast_sharpness(objective: Objective, settings: SharpnessSettings | None 
     search, (objective, plan) = settings.search, settings.planned(objective)
     products = min(FIRST_EIGENVALUE + EACH_FURTHER * (search.num - 1), search.max_products, objective.parameters.n + 1)
     total = 2 * products + 1 if settings.data_doubt and search.which != "smallest" else products
+    total += searches * min(FIRST_EIGENVALUE, search.max_products, objective.parameters.n + 1)
     rows = rows_that_fit(objective, settings.memory_bytes, search.max_rows)
     return _forecast(
         objective, replace(plan, basis_rows=rows), products=total, held=products, kind=OPERATORS[settings.rule].kind
