@@ -139,6 +139,16 @@ def test_the_plan_counts_the_search_for_the_limit(told: Callable[..., dict[str, 
     assert products == [15, 30, 45]
 
 
+def test_the_time_is_that_of_all_searches(typed: Typed):
+    model, optimizer = trained(adamw)
+    curvkit.save("ckpt.pt", model=model, optimizer=optimizer)
+    code, out, err = typed("--json", "--max-time", "0.000001", "--adaptive", "--tol", "1e-5")
+    assert code == 0, err
+    result = json.loads(out)["result"]
+    assert (result["stability"]["converged"], result["adaptive_sharpness"]["converged"]) == (False, False)
+    assert max(result["stability"]["products"], result["adaptive_sharpness"]["products"]) <= 4
+
+
 def test_what_is_printed(typed: Typed):
     model, optimizer = trained(adamw)
     curvkit.save("ckpt.pt", model=model, optimizer=optimizer)

@@ -61,12 +61,14 @@ class Companions:
         settings = replace(settings or SharpnessSettings(), preflight=False)  # the eigenvalues had it
         result = replace(before, scale=scale_invariance(objective, seed=before.seed), stage="adaptive")
         if self._adaptive(result):
-            for found in adaptive_sharpness_steps(objective, settings, seed=before.seed, journal=journal):
+            left = _in_time(settings, before.seconds + journal.clock() - began)
+            for found in adaptive_sharpness_steps(objective, left, seed=before.seed, journal=journal):
                 result = replace(result, adaptive=found)
                 yield _counted(result, before, journal.clock() - began)
         if self.state is not None:
+            left = _in_time(settings, before.seconds + journal.clock() - began)
             steps = stability_steps(
-                objective, self.state, settings, seed=before.seed, lr=self.lr, known=before, journal=journal
+                objective, self.state, left, seed=before.seed, lr=self.lr, known=before, journal=journal
             )
             for found in steps:
                 result = replace(result, stability=found, stage="stability")
@@ -78,6 +80,16 @@ class Companions:
         return (
             self.adaptive if self.adaptive is not None else scale is not None and bool(scale.invariant or scale.notes)
         )
+
+
+def _in_time(settings: SharpnessSettings, spent: float) -> SharpnessSettings:
+    """With what is left of the time; where nothing is, a search makes one step and says that it has not converged."""
+    most = settings.search.max_seconds
+    return (
+        settings
+        if most is None
+        else replace(settings, search=replace(settings.search, max_seconds=max(most - spent, 1e-9)))
+    )
 
 
 def _counted(result: Sharpness, before: Sharpness, seconds: float) -> Sharpness:
