@@ -19,7 +19,7 @@ from curvkit.objectives.moving import outputs_at
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate, DiagonalSamples
 
 PER_PROBE = 3.5
-"""Gradients of the data that a probe takes, about."""
+"""Gradients of the data that a probe is counted as; no clock is behind it."""
 SHARED = "signs of parameters without a rule"
 
 
@@ -41,7 +41,8 @@ class ExampleHutchinson:
         1 / N of Hutchinson's; where their H_n are unrelated, so that they cancel in H anyway, nothing is gained.
     Source: ours; signs per example at the outputs of layers are in Martens, Sutskever & Swersky (2012), "Estimating the Hessian by
         back-propagating curvature". Differs: signs at the parameters, so that sharing over positions and tied weights are exact.
-    Cost: about 3.5 gradients per probe; memory of a Hessian product with its graph.
+    Cost: per probe a forward pass and two backward passes through the probed model, counted as 3.5 gradients; memory of a Hessian product
+        with its graph.
 
     Example:
         >>> import torch, torch.nn.functional as F

@@ -19,7 +19,7 @@ from curvkit.objectives import Objective
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate, DiagonalSamples
 
 PER_SAMPLE, CHECKS = 1.2, 0.2
-"""Gradients of the data that one sample takes, about, and the checks beforehand."""
+"""Gradients of the data that one sample and the checks beforehand are counted as; no clock is behind it."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Fisher:
         num_samples: Draws of all targets; the standard error is known from two on.
 
     Source: Martens (2020), "New insights and perspectives on the natural gradient method", for the Fisher and the GGN.
-    Cost: about 1.2 gradients per sample where layers have one position per example, up to 3 where gradients of single examples
-        are written out; memory of a gradient and 64 MiB.
+    Cost: per sample a forward pass, and a backward pass with squares in place of the parameters' gradients; some passes for the checks
+        before. By count, not by a clock; where layers have several positions, gradients of single examples are written out, 64 MiB at a time.
 
     Example:
         >>> import torch.nn.functional as F
@@ -92,7 +92,7 @@ class EmpiricalFisher:
     The gradients of the terms of one example (the tokens of a sequence) are added before they are squared.
 
     Source: Kunstner, Balles & Hennig (2019), "Limitations of the empirical Fisher approximation", for the difference.
-    Cost: about 1.2 gradients, up to 3; nothing is sampled.
+    Cost: as one sample of `Fisher`; nothing is sampled.
 
     Example:
         >>> import torch.nn.functional as F
