@@ -37,7 +37,7 @@ class Fisher:
 
     Source: Martens (2020), "New insights and perspectives on the natural gradient method", for the Fisher and the GGN.
     Cost: per sample a forward pass, and a backward pass with squares in place of the parameters' gradients; some passes for the checks
-        before. By count, not by a clock; where layers have several positions, gradients of single examples are written out, 64 MiB at a time.
+        before. By count, not by a clock; where layers have several positions, gradients of examples are written out, 64 MiB at a time.
 
     Example:
         >>> import torch.nn.functional as F
