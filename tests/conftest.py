@@ -1,6 +1,7 @@
-"""What holds around every test: few threads, a clean environment, torch flags that stay as they were."""
+"""What holds around every test: few threads, a clean environment, torch flags that stay as they were, no modules left behind."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -48,3 +49,12 @@ def _torch_flags_are_left_alone():
 def _no_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     for name in [name for name in os.environ if name.startswith("CURVKIT_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _modules_that_a_test_wrote_are_forgotten(tmp_path_factory: pytest.TempPathFactory):
+    before, written = set(sys.modules), str(tmp_path_factory.getbasetemp())
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(written):
+            del sys.modules[name]

@@ -59,11 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Path("train.py").write_text(TRAIN + MORE)
     for name, seed in (("a.pt", 0), ("b.pt", 1), ("c.pt", 2)):
         torch.save(net(seed=seed).state_dict(), name)
-    modules = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
+    return tmp_path
 
 
 @pytest.fixture

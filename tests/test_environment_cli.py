@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,11 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Path("train.py").write_text(TRAIN)
     Path("text.txt").write_text("To be, or not to be. " * 40)
     torch.save(net().state_dict(), "ckpt.pt")
-    modules = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
+    return tmp_path
 
 
 @pytest.fixture

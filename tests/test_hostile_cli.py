@@ -10,7 +10,6 @@ import io
 import json
 import os
 import pickle
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -212,11 +211,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("CURVKIT_ALLOW", "CURVKIT_SHARPNESS_ALLOW", "CURVKIT_INSPECT_ALLOW"):
         monkeypatch.setenv(name, "posix.system")
     Path("train.py").write_text(TRAIN)
-    modules = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
+    return tmp_path
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
