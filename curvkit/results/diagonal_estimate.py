@@ -32,6 +32,8 @@ class Cost:
     seconds: float
     products: int = 0
     """Of these, products with a matrix."""
+    peak_bytes: int | None = None
+    """Memory beside model and data that was foreseen; None where it is not known."""
 
 
 @dataclass(frozen=True)
