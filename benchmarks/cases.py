@@ -26,6 +26,8 @@ class Case:
     x: Tensor
     y: Tensor
     shape: str
+    optimizer: torch.optim.Optimizer
+    """That trained the model."""
 
     def objective(self) -> Objective:
         return Objective(self.model, self.loss, [(self.x, self.y)])
@@ -34,20 +36,22 @@ class Case:
         return self.loss(self.model(self.x), self.y)
 
 
-def mlp() -> Case:
+def mlp(steps: int = 60) -> Case:
     x, y = _digits(28)
-    model = _trained(MLP([784, 512, 512, 10]), F.cross_entropy, x.flatten(1), y, steps=60, rows=128, lr=1e-3)
-    return Case("MLP", model, F.cross_entropy, x[:512].flatten(1), y[:512], "784-512-512-10, ReLU, 512 digits")
+    model, optimizer = _trained(MLP([784, 512, 512, 10]), x.flatten(1), y, steps=steps, rows=128)
+    shape = "784-512-512-10, ReLU, 512 digits"
+    return Case("MLP", model, F.cross_entropy, x[:512].flatten(1), y[:512], shape, optimizer)
 
 
-def resnet() -> Case:
+def resnet(steps: int = 20) -> Case:
     x, y = _digits(32)
     x = x.expand(-1, 3, -1, -1).contiguous()
-    model = _trained(ResNet(), F.cross_entropy, x, y, steps=20, rows=64, lr=1e-3)
-    return Case("ResNet-20", model.eval(), F.cross_entropy, x[:64], y[:64], "BatchNorm in eval, 64 images 3x32x32")
+    model, optimizer = _trained(ResNet(), x, y, steps=steps, rows=64)
+    shape = "BatchNorm in eval, 64 images 3x32x32"
+    return Case("ResNet-20", model.eval(), F.cross_entropy, x[:64], y[:64], shape, optimizer)
 
 
-def decoder() -> Case:
+def decoder(steps: int = 20) -> Case:
     text = topics_text()
     vocabulary = CharacterVocabulary.from_text(text + string.printable[:95])
     tokens = vocabulary.encode(text)
@@ -55,11 +59,12 @@ def decoder() -> Case:
     model = Decoder(vocabulary=len(vocabulary), width=256, depth=6, heads=8, context=128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     draw = torch.Generator().manual_seed(0)
-    for _ in range(20):
+    for _ in range(steps):
         x, y = random_windows(tokens, 128, 8, generator=draw)
         _step(optimizer, token_cross_entropy(model(x), y))
     x, y = spaced_windows(tokens, 128, 8)
-    return Case("decoder", model, token_cross_entropy, x, y, "Llama-like, width 256, 6 blocks, 8 x 128 tokens")
+    shape = "Llama-like, width 256, 6 blocks, 8 x 128 tokens"
+    return Case("decoder", model, token_cross_entropy, x, y, shape, optimizer)
 
 
 CASES = {"mlp": mlp, "resnet": resnet, "decoder": decoder}
@@ -73,25 +78,19 @@ def _digits(size: int) -> tuple[Tensor, Tensor]:
 
 
 def _trained(
-    model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-    *,
-    steps: int,
-    rows: int,
-    lr: float,
-) -> nn.Module:
+    model: nn.Module, x: Tensor, y: Tensor, *, steps: int, rows: int
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """On cross-entropy."""
     torch.manual_seed(0)
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     draw = torch.Generator().manual_seed(0)
     for _ in range(steps):
         index = torch.randint(len(x), (rows,), generator=draw)
-        _step(optimizer, loss(model(x[index]), y[index]))
-    return model
+        _step(optimizer, F.cross_entropy(model(x[index]), y[index]))
+    return model, optimizer
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

@@ -52,9 +52,9 @@ def _no_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture(autouse=True)
-def _modules_that_a_test_wrote_are_forgotten(tmp_path_factory: pytest.TempPathFactory):
-    before, written = set(sys.modules), str(tmp_path_factory.getbasetemp())
+def _modules_that_tests_wrote_are_forgotten(tmp_path_factory: pytest.TempPathFactory):
     yield
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(written):
+    written = str(tmp_path_factory.getbasetemp())  # also what a fixture of a whole module imported
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(written):
             del sys.modules[name]
