@@ -609,6 +609,7 @@ def test_a_checkpoint_with_a_recipe_needs_no_flag(sharpness: Typed):
     assert out.splitlines()[1].endswith("\tconverged")
 
 
+@pytest.mark.slow
 def test_settings_modules_and_modes(sharpness: Typed):
     torch.save(net(8).state_dict(), "wide.pt")
     assert sharpness("wide.pt", *FAST, "--set", "hidden=8")[0] == 0
@@ -658,6 +659,7 @@ def test_same_seed_same_bits_in_another_process(folder: Path):
     assert outs[0]["record"]["data_fingerprint"] == outs[1]["record"]["data_fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_budget_too_small_warns_and_is_strict_on_demand(sharpness: Typed):
     code, out, err = sharpness("ckpt.pt", *FAST, "--max-products", "3", "--json")
     assert code == 0
@@ -843,6 +845,7 @@ def test_the_table_shows_every_digit_at_any_width(sharpness: Typed, monkeypatch:
     assert "one start vector shows one copy of a repeated eigenvalue; multiplicities need --block-size" in words
 
 
+@pytest.mark.slow
 def test_what_is_not_known_is_not_claimed(sharpness: Typed):
     quick = (*FAST, "--no-preflight", "--no-limit")
     _, out, _ = sharpness("ckpt.pt", *OBJECTIVE, "--seed", "0", "--no-preflight", "--max-products", "3")

@@ -290,6 +290,7 @@ def test_a_function_that_draws_other_data_is_measured_on_those_of_the_first(comp
     )
 
 
+@pytest.mark.slow
 def test_strict_and_not_converged(compare: Typed):
     code, out, err = compare("a.pt", "b.pt", *OBJECTIVE, "--max-products", "4", "--strict", "--format", "table")
     assert code == 5

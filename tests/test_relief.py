@@ -168,6 +168,7 @@ def test_nothing_is_left_of_what_was_let_go(kind: type[Any], residency: Any):
     assert [found for found in gc.get_objects() if type(found) is torch.OutOfMemoryError] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residency", ["auto", "retained", "streamed"])
 def test_sharpness_from_end_to_end(residency: Any):
     """Law: in float64 the eigenvalue is the same to 1e-12, and the result says what happened."""

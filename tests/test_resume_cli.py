@@ -195,6 +195,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("complete", [False, True])
 def test_another_run_is_refused_by_what_differs(typed: Typed, monkeypatch: pytest.MonkeyPatch, complete: bool):
     torch.save(net(seed=1).state_dict(), "other.pt")
