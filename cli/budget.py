@@ -124,10 +124,12 @@ def sampling(command: Command) -> Command:
         HEADING,
         option(
             "--method",
-            type=click.Choice(["auto", "exact", "hutchinson", "deflated", "hutch++", "xtrace"]),
+            type=click.Choice(
+                ["auto", "exact", "hutchinson", "deflated", "hutch++", "xtrace", "example-hutchinson", "controlled"]
+            ),
             default="auto",
             show_default=True,
-            help="auto decides by predicted cost, after 30 probes.",
+            help="auto decides by predicted cost: signs per example where there are many, else after 30 probes.",
         ),
         option(
             "--tolerance",

@@ -21,7 +21,9 @@ from . import failures
 from .commands.compare import compare
 from .commands.completion import completion
 from .commands.demo import demo
+from .commands.diagonal import diagonal
 from .commands.doctor import doctor
+from .commands.estimators import estimators
 from .commands.init import init
 from .commands.inspect import inspect
 from .commands.sharpness import sharpness
@@ -70,6 +72,7 @@ def curvkit() -> None:
     curvkit inspect demo-run/final.pt       what is in the file?
     curvkit sharpness demo-run/final.pt     how sharp is it?
     curvkit trace demo-run/final.pt         how much curvature in all, and in which layer?
+    curvkit diagonal demo-run/final.pt      how much in every single parameter? (curvkit estimators: by which method)
     curvkit compare demo-run/*.pt           which checkpoint is flatter, at equal loss?
     curvkit init my.pt                      write the function that a checkpoint of your own needs
 
@@ -81,6 +84,8 @@ def curvkit() -> None:
 curvkit.add_command(inspect)
 curvkit.add_command(sharpness)
 curvkit.add_command(trace)
+curvkit.add_command(diagonal)
+curvkit.add_command(estimators)
 curvkit.add_command(verify)
 curvkit.add_command(compare)
 curvkit.add_command(init)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -17,13 +18,14 @@ from .data import Data
 from .failures import harmless, say
 from .output import Output
 from .progress import ProgressLine
-from .records import NOTES, OPTIMIZER, READ, identified
+from .records import NOTES, OPTIMIZER, READ, STATE_WANTED, identified
 from .target import Target
 
 if TYPE_CHECKING:
     from curvkit.checkpoints import Checkpoint
     from curvkit.checkpoints.optimizer_state import OptimizerState, Unassigned
     from curvkit.measures import CrossCheck
+    from curvkit.objectives import Objective
     from curvkit.operators import Plan
     from curvkit.resolving import Resolved
     from curvkit.resolving.request import Request
@@ -82,20 +84,29 @@ def resolved_objective(ctx: click.Context, target: Target, data: Data, output: O
             say(f"note: --batches {data.batches}, but the data has only {there}: all of it is used")
     if ctx.params.get("limit"):
         ctx.meta[OPTIMIZER] = _optimizer(checkpoint, target, replace(resolved, objective=objective))
+    elif ctx.meta.get(STATE_WANTED):
+        ctx.meta[OPTIMIZER] = _stored(checkpoint, target, objective)
     return replace(resolved, objective=objective)
 
 
 def _optimizer(checkpoint: Checkpoint, target: Target, resolved: Resolved) -> OptimizerState | Unassigned:
     """The state of the optimizer that belongs to these weights, or why there is none."""
-    from curvkit.checkpoints.optimizer_state import Unassigned, optimizer_state
+    from curvkit.checkpoints.optimizer_state import Unassigned
 
-    if target.ema:
-        return Unassigned("the optimizer's state belongs to the weights of the last step, not to the averaged ones")
     if not resolved.own_data:
         return Unassigned("bundled text is not the data that was trained on")
     if target.params:
         return Unassigned("--params leaves parameters out, and the optimizer moves them all")
-    named = dict(resolved.objective.model.named_parameters())
+    return _stored(checkpoint, target, resolved.objective)
+
+
+def _stored(checkpoint: Checkpoint, target: Target, objective: Objective) -> OptimizerState | Unassigned:
+    """The state that the checkpoint has, by the names of the model's parameters."""
+    from curvkit.checkpoints.optimizer_state import Unassigned, optimizer_state
+
+    if target.ema:
+        return Unassigned("the optimizer's state belongs to the weights of the last step, not to the averaged ones")
+    named = dict(objective.model.named_parameters())
     trained = {name: p.shape for name, p in named.items() if p.requires_grad}
     found = optimizer_state(checkpoint, {name: p.shape for name, p in named.items()})
     if isinstance(found, Unassigned) and len(trained) < len(named):
@@ -182,20 +193,27 @@ def followed(
 
     `told` says of a result which share of the work is done, and a few words.
     """
-    from curvkit.errors import UnsupportedModel
-
     latest = None
     try:
-        with ProgressLine(title, quiet=output.quiet, color=output.color) as progress:
+        with pointing_to_mode(target), ProgressLine(title, quiet=output.quiet, color=output.color) as progress:
             for latest in steps:
                 progress.update(*told(latest))
     except KeyboardInterrupt:
         return latest, True
+    return latest, False
+
+
+@contextlib.contextmanager
+def pointing_to_mode(target: Target) -> Generator[None]:
+    """Name --mode where what is refused would be measured in eval mode."""
+    from curvkit.errors import UnsupportedModel
+
+    try:
+        yield
     except UnsupportedModel as error:
         if target.mode == "eval" or "model.eval()" not in str(error):
             raise
         raise UnsupportedModel(str(error).replace("Call model.eval()", "Use --mode eval, the default")) from error
-    return latest, False
 
 
 def facts(result: Result | None) -> dict[str, Any]:

@@ -55,11 +55,11 @@ class ProgressLine:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, share: float, detail: str) -> None:
-        """Say that a share of the work, in [0, 1], is done; it never moves back."""
+    def update(self, share: float, detail: str, *, overdue: bool = False) -> None:
+        """Say that a share of the work, in [0, 1], is done; it never moves back. Of what is overdue nobody knows what is left."""
         self._share, self._detail = max(self._share, min(share, 1.0)), detail
         elapsed = time.monotonic() - self._began
-        known = 0.02 < self._share < 1.0
+        known = 0.02 < self._share < 1.0 and not overdue
         self._left = f" · about {duration(elapsed * (1 - self._share) / self._share)} left" if known else ""
         if self._live is None and not self._quiet and elapsed > PATIENCE and int(self._share * 10) > self._tenth:
             self._tenth = int(self._share * 10)

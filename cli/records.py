@@ -25,7 +25,8 @@ READ = "curvkit.read"
 OTHERS = re.compile(r"\.|checkpoint-\d+$")
 """Directories within a checkpoint's that are not its own: hidden ones, and other checkpoints of the run."""
 OPTIMIZER = "curvkit.optimizer"
-"""Where it keeps the state of the optimizer, for commands that have an option `limit`."""
+"""Where it keeps the state of the optimizer, for commands that have an option `limit`, or that ask for it under `STATE_WANTED`."""
+STATE_WANTED = "curvkit.optimizer wanted"
 NOTES = "curvkit.notes"
 """Where it keeps what was noted while the objective was found."""
 

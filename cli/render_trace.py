@@ -100,7 +100,8 @@ def _cost(result: Trace) -> str:
         return f"{BY_STRUCTURE}; a few products on four examples checked that it is right"
     checks = result.products - found.products
     checking = f" + {checks} that {'checks' if checks == 1 else 'check'} symmetry and rounding" if checks else ""
-    return counted(found.products, "product") + checking
+    work = "" if result.gradients is None else f" · about {result.gradients:.3g} gradients"
+    return counted(found.products, "product") + checking + work
 
 
 def _rows(result: Trace, by: str) -> tuple[TraceShare, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -64,8 +65,11 @@ TRUST = option(
 )
 
 
-def target(command: Command) -> Command:
-    """The checkpoint and what is done with its model."""
+SET = option("--set", type=Assignment(), multiple=True, metavar="K=V", help="Argument of that function.")
+
+
+def target(command: Command, settings: Callable[..., Any] = SET) -> Command:
+    """The checkpoint and what is done with its model; `settings` is the option --set."""
     return grouped(
         Target,
         "Model",
@@ -78,7 +82,7 @@ def target(command: Command) -> Command:
             envvar=VARIABLE,
             help="Function that returns curvkit.Objective(model, loss, data).",
         ),
-        option("--set", type=Assignment(), multiple=True, metavar="K=V", help="Argument of that function."),
+        settings,
         CONFIG,
         NO_CONFIG,
         ALLOW,

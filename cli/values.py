@@ -41,7 +41,7 @@ class Seconds(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  g
 
 
 class Assignment(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  generic only in new versions
-    """KEY=VALUE."""
+    """KEY=VALUE; a key may have parts, inner.num_probes."""
 
     name = "key=value"
 
@@ -50,7 +50,7 @@ class Assignment(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
         if isinstance(value, tuple):
             return value
         key, equals, text = str(value).partition("=")
-        if not equals or not key.isidentifier():
+        if not equals or not all(part.isidentifier() for part in key.split(".")):
             self.fail(f"{value!r} is not of the form KEY=VALUE, for example hidden=128.", param, ctx)
         return key, text
 

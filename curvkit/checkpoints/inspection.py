@@ -12,6 +12,7 @@ from curvkit.checkpoints.allowed import explained, refused
 from curvkit.checkpoints.candidates import Candidates
 from curvkit.checkpoints.command_lines import command_line, weight_options
 from curvkit.checkpoints.detection import CODE, Detected, detect
+from curvkit.checkpoints.diagonal_files import VALUE, diagonal_in
 from curvkit.checkpoints.directory_inspection import as_stored, of_directory, references
 from curvkit.checkpoints.inspected import Inspection
 from curvkit.checkpoints.layouts import WEIGHT_KEYS, Layout, interpret
@@ -73,6 +74,16 @@ def inspect(path: Path, *, key: str | None = None, ema: bool = False) -> Inspect
 
 def _safetensors(found: Detected, key: str | None, ema: bool) -> Inspection:
     header = safetensors_file.header(found.path)
+    diagonal = diagonal_in(header.metadata)
+    if diagonal is not None:
+        stored = as_stored(header.tensors)
+        values = {name: tensor for name, tensor in stored.items() if name.startswith(VALUE)}
+        others = {name: tensor for name, tensor in stored.items() if name not in values}
+        groups = [group_of(name, part) for name, part in (("values", values), ("errors and sums", others)) if part]
+        checksum = f"none: {safetensors_file.NO_CHECKSUM}"
+        return Inspection(
+            found.path, "diagonal of curvkit", found.bytes, checksum, tuple(groups), refusal=f"it holds {diagonal}"
+        )
     layout = interpret(found.path, as_stored(header.tensors), key=key, ema=ema)
     notes = (f"written by {header.metadata['format']}",) if header.metadata.get("format") else ()
     checksum = f"none: {safetensors_file.NO_CHECKSUM}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from curvkit.checkpoints.checkpoint import Checkpoint
 from curvkit.checkpoints.command_lines import weight_options
 from curvkit.checkpoints.detection import detect
+from curvkit.checkpoints.diagonal_files import diagonal_in
 from curvkit.checkpoints.layouts import WEIGHT_KEYS, Layout, interpret
 from curvkit.checkpoints.live import Materialiser
 from curvkit.checkpoints.loose_files import described_by, part_of
@@ -144,11 +145,13 @@ def _directory(path: Path, kind: str, trust: Trust) -> Checkpoint:
 
 
 def _safetensors(path: Path, key: str | None, ema: bool) -> Checkpoint:
-    from curvkit.checkpoints.safetensors_file import NO_CHECKSUM, read_tensors
+    from curvkit.checkpoints.safetensors_file import NO_CHECKSUM, header, read_tensors
 
-    part = part_of(path)
+    part, diagonal = part_of(path), diagonal_in(header(path).metadata)
     if part is not None:
         raise RefusedCheckpoint(f"{path}: {part}")
+    if diagonal is not None:
+        raise RefusedCheckpoint(f"{path}: it holds {diagonal}.")
     layout = interpret(path, read_tensors(path), key=key, ema=ema, tensor=Tensor)
     hint = described_by(path)
     made = _checkpoint(path, layout, Tensor)

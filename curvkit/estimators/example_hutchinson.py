@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
 from curvkit.estimators.coverage import coverage, refuse_not_finite, refuse_uncovered
+from curvkit.estimators.expected import Expected, refuse_too_large
 from curvkit.estimators.probing import Probing
+from curvkit.estimators.recording import Recording
+from curvkit.estimators.training import denominator_of, loss_of, refuse_unfit, twice_differentiable
 from curvkit.losses.batches import rows
 from curvkit.objectives import Objective
-from curvkit.objectives.moving import outputs_at
+from curvkit.operators.output_graph import refuse_other_ways
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate, DiagonalSamples
 
-PER_PROBE = 3.5
-"""Gradients of the data that a probe is counted as; no clock is behind it."""
-SHARED = "signs of parameters without a rule"
+PER_PROBE, CHECKS = 3.5, 1.0
+"""Gradients of the data that a probe, and the checks before, are counted as; no clock is behind it."""
+VECTORS = 6
+"""Of the length of the parameters: mean, sum of squares, one sample, and temporaries."""
+INSTEAD = "Use Fisher, which needs no second derivatives, or give the data in smaller batches"
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class ExampleHutchinson:
     """
 
     num_probes: int = 1
+    matrix: ClassVar[str] = "hessian"
 
     def __post_init__(self) -> None:
         """Check the option."""
@@ -74,53 +81,178 @@ class ExampleHutchinson:
             The diagonal, with standard errors from two probes on.
 
         Raises:
-            UnsupportedModel: If the examples of a batch are coupled, or not to be told apart.
+            UnsupportedModel: If the examples of a batch are coupled, or not to be told apart, or memory does not suffice.
             CurvkitError: If a product is not finite.
         """
+        return self._estimated(objective, seed, _total)
+
+    def estimate_residual(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
+        """Estimate the diagonal of H - G, of the Hessian without the generalised Gauss-Newton matrix.
+
+            H - G = (1 / W) sum_n sum_k u_nk d^2 z_nk / dtheta^2,    u_n = d loss_n / dz_n held fixed
+
+        Args:
+            objective: The function; its loss takes outputs and targets.
+            seed: Of the signs; None draws one.
+
+        Returns:
+            The diagonal, with standard errors from two probes on; the signs are those of `estimate`.
+
+        Raises:
+            UnsupportedModel: As for `estimate`.
+            UnknownObjective: If the loss does not take outputs and targets.
+            CurvkitError: If a product is not finite.
+        """
+        return replace(self._estimated(objective, seed, _linearised), matrix="hessian - ggn")
+
+    def recording(self, model: nn.Module, *, parameters: Any = None) -> Recording:
+        """Record one forward pass of a model in training, which stays as it is.
+
+        Args:
+            model: Whose call is recorded, in whatever mode it is; the first tensor of the call has the examples in dimension 0.
+            parameters: Shell patterns for names; None takes all that require a gradient.
+
+        Returns:
+            A context manager for the forward pass.
+
+        Raises:
+            InvalidArgument: If a pattern matches no name.
+        """
+        return Recording.of(model, parameters)
+
+    def from_recording(
+        self, recording: Recording, outputs: Tensor, targets: Any = None, *, loss: Any = None, seed: int | None = None
+    ) -> DiagonalEstimate:
+        """Estimate the diagonal from a forward pass of training, before its backward pass; `.grad` is not touched.
+
+        Args:
+            recording: Of `recording`, whose block was left.
+            outputs: Of the model, with their graph.
+            targets: Of the batch.
+            loss: One of torch's; None takes cross-entropy for outputs [N, C].
+            seed: Of the signs; None draws one.
+
+        Returns:
+            The diagonal of the Hessian of this batch's loss, dropout as it fell.
+
+        Raises:
+            InvalidArgument: If targets or loss are missing, or the recording is not of one forward pass.
+            UnsupportedModel: If a parameter has no rule, examples are coupled, or a layer has no second derivative.
+            CurvkitError: If a product is not finite.
+
+        Cost: that of `estimate` without its forward pass and its checks.
+
+        Example:
+            >>> import torch, torch.nn.functional as F
+            >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.zeros(8, dtype=torch.long)
+            >>> estimator = ExampleHutchinson(num_probes=2)
+            >>> with estimator.recording(model) as recording:
+            ...     outputs = model(x)
+            >>> found = estimator.from_recording(recording, outputs, y, seed=0)
+            >>> found.matrix, model.weight.grad is None
+            ('hessian', True)
+        """
+        began, seed = time.perf_counter(), seeds.settle(seed)
+        if targets is None:
+            raise InvalidArgument(
+                "ExampleHutchinson.from_recording: targets=None, and the Hessian belongs to the loss with its targets. Pass those of the "
+                "batch."
+            )
+        known = loss_of("ExampleHutchinson", outputs, loss)
+        refuse_unfit("ExampleHutchinson", recording, outputs)
+        terms = known.terms_of(outputs, targets)
+        scale, drawn = denominator_of(known, terms.weight), DiagonalSamples(list(recording.parameters))
+        with twice_differentiable("ExampleHutchinson"):
+            probing = Probing(recording, terms.total)
+            for probe in range(self.num_probes):
+                drawn.add(_filled(recording.parameters, probing.sample(seed=seed, index=probe), scale))
+        return self._made(drawn, seed, began, ())
+
+    def expected(self, objective: Objective) -> Expected:
+        """Count work and memory.
+
+        Args:
+            objective: What will be estimated.
+
+        Returns:
+            Both: the pass whose graph is kept, and signs and gradients beside it.
+        """
+        return Expected(CHECKS + PER_PROBE * self.num_probes, VECTORS)
+
+    def _estimated(
+        self, objective: Objective, seed: int | None, total: Callable[[Objective, Tensor, Any], tuple[Tensor, float]]
+    ) -> DiagonalEstimate:
         began, seed, objective = time.perf_counter(), seeds.settle(seed), objective.raised()
+        expected = self.expected(objective)
+        refuse_too_large("ExampleHutchinson", objective, expected, instead=INSTEAD)
         covered, drawn = coverage(objective), DiagonalSamples(objective.parameters.names)
+        count = len(objective.batches)
+        parameters = dict(zip(objective.parameters.names, objective.tensors, strict=True))
+        kept: tuple[Probing, float] | None = None
         for probe in range(self.num_probes):
-            total: dict[str, Tensor] = {}
-            weights: list[float] = []
-            for index in range(len(objective.batches)):
+            sums, weights = dict[str, Tensor](), list[float]()
+            for index in range(count):
+                last = count > 1 or probe == self.num_probes - 1
                 with objective.measuring():
-                    found, weight = _sample(objective, covered.ruled, index, seed, probe)
+                    probing, weight = kept or _probing(objective, covered.ruled, index, total)
+                    kept = None if last else (probing, weight)
+                    found = probing.sample(seed=seed, index=probe * count + index, last=last)
                 weights.append(weight)
-                total = {name: total[name] + value if name in total else value for name, value in found.items()}
-            scale = objective.denominator(weights)
-            sample = {name: value / scale for name, value in total.items()}
-            refuse_not_finite("ExampleHutchinson", sample)
-            drawn.add(sample)
-        notes = [
-            f"{name} has no rule ({reason}): its signs are shared by all examples"
-            for name, reason in covered.refused.items()
-        ]
-        cost = Cost(PER_PROBE * self.num_probes, time.perf_counter() - began, self.num_probes)
+                sums |= {name: sums[name] + part if name in sums else part for name, part in found.items()}
+            drawn.add(_filled(parameters, sums, objective.denominator(weights)))
+        return self._made(drawn, seed, began, _shared(covered.refused), expected.peak_bytes(objective))
+
+    def _made(
+        self, drawn: DiagonalSamples, seed: int, began: float, notes: tuple[str, ...], peak: int | None = None
+    ) -> DiagonalEstimate:
+        cost = Cost(PER_PROBE * self.num_probes, time.perf_counter() - began, self.num_probes, peak)
         return DiagonalEstimate(
-            drawn.mean, drawn.stderr, "hessian", repr(self), cost, drawn.size, seed, drawn.sums, tuple(notes)
+            drawn.mean, drawn.stderr, self.matrix, repr(self), cost, drawn.size, seed, drawn.sums, notes
         )
 
 
-def _sample(
-    objective: Objective, ruled: tuple[str, ...], index: int, seed: int, probe: int
-) -> tuple[dict[str, Tensor], float]:
-    """V * (H V) of one batch, and its weight."""
-    space = objective.parameters
-    own: Any = dict(zip(space.names, objective.tensors, strict=True))
-    draw = probe * len(objective.batches) + index
-    probing = Probing({name: own[name] for name in ruled}, rows(objective.batches[index]) or 0, seed=seed, index=draw)
-    shared = [name for name in space.names if name not in ruled]
-    signs: dict[str, Tensor] = {}
-    if shared:
-        n = sum(own[name].numel() for name in shared)
-        flat = seeds.signs(n, seed, SHARED, draw, dtype=probing.eps.dtype, device=probing.eps.device)
-        pieces = flat.split([own[name].numel() for name in shared])
-        signs = {name: piece.view(own[name].shape) for name, piece in zip(shared, pieces, strict=True)}
-    with probing:
-        outputs, targets = outputs_at(objective, index, {n: own[n] + probing.eps * signs[n] for n in shared})
-    refuse_uncovered("ExampleHutchinson", probing.refused, ruled)
+def _probing(
+    objective: Objective,
+    ruled: tuple[str, ...],
+    index: int,
+    total: Callable[[Objective, Tensor, Any], tuple[Tensor, float]],
+) -> tuple[Probing, float]:
+    """A batch run and recorded, and its weight."""
+    own: Any = dict(zip(objective.parameters.names, objective.tensors, strict=True))
+    with Recording({name: own[name] for name in ruled}, rows(objective.batches[index]) or 0) as recording:
+        outputs, targets = objective.outputs(index)
+    refuse_uncovered("ExampleHutchinson", recording.refused, ruled)
+    value, weight = total(objective, outputs, targets)
+    return Probing(recording, value, {name: p for name, p in own.items() if name not in ruled}), weight
+
+
+def _total(objective: Objective, outputs: Tensor, targets: Any) -> tuple[Tensor, float]:
+    """The loss as a sum, and its weight."""
     terms = objective.terms_of(outputs, targets)
-    found = probing.diagonal(terms.total, {name: own[name] for name in shared})
-    for name in shared:
-        found[name] = signs[name] * found[name]
-    return {name: found.get(name, torch.zeros_like(own[name])) for name in space.names}, terms.weight
+    return terms.total, terms.weight
+
+
+def _linearised(objective: Objective, outputs: Tensor, targets: Any) -> tuple[Tensor, float]:
+    """<dL/dz held fixed, z>, whose Hessian is H - G, and the weight."""
+    z = outputs.detach().requires_grad_()
+    terms = objective.terms_of(z, targets)
+    refuse_other_ways(objective, terms)
+    if not terms.total.requires_grad:
+        return terms.total, terms.weight
+    (u,) = torch.autograd.grad(terms.total, z, materialize_grads=True)
+    return (u * outputs).sum(), terms.weight
+
+
+def _filled(parameters: Mapping[str, Tensor], found: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """One sample, for all parameters; zero for those that are not used."""
+    sample = {
+        name: (found[name] / scale).detach() if name in found else torch.zeros_like(p) for name, p in parameters.items()
+    }
+    refuse_not_finite("ExampleHutchinson", sample)
+    return sample
+
+
+def _shared(refused: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(
+        f"{name} has no rule ({reason}): its signs are shared by all examples" for name, reason in refused.items()
+    )

@@ -1,25 +1,27 @@
-"""The diagonals of the Fisher matrix, of the empirical Fisher matrix, and IRE's squared mini-batch gradient: three things."""
+"""The diagonal of the Fisher matrix."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
-from curvkit.estimators.coverage import refuse_not_finite
-from curvkit.estimators.examples import ExampleSquares
-from curvkit.estimators.likelihoods import draw_cotangent, refuse_without_likelihood
+from curvkit.estimators.expected import Expected, refuse_too_large
+from curvkit.estimators.likelihoods import Draw, draw_cotangent, refuse_without_likelihood, weight_of
+from curvkit.estimators.recording import Recording
+from curvkit.estimators.squares_expected import expected_squares
+from curvkit.estimators.training import denominator_of, loss_of, refuse_unfit
+from curvkit.estimators.watched_squares import Run, WatchedSquares, recorded_mean
 from curvkit.objectives import Objective
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate, DiagonalSamples
 
-PER_SAMPLE, CHECKS = 1.2, 0.2
-"""Gradients of the data that one sample and the checks beforehand are counted as; no clock is behind it."""
+PER_SAMPLE, CHECKS = 1.2, 0.4
+"""Gradients of the data that one sample and the checks are counted as; no clock is behind it."""
+INSTEAD = "Give the data in smaller batches, or use SquaredGradient, which holds no gradients of single examples"
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,14 @@ class Fisher:
     """
 
     num_samples: int = 1
+    matrix: ClassVar[str] = "fisher"
 
     def __post_init__(self) -> None:
         """Check the option."""
-        _check_count("Fisher", "num_samples", self.num_samples)
+        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < 1:
+            raise InvalidArgument(
+                f"Fisher: num_samples={self.num_samples!r} must be an integer >= 1. The default is 1."
+            )
 
     def estimate(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
         """Estimate the diagonal; see the class.
@@ -65,164 +71,97 @@ class Fisher:
             The diagonal, with standard errors from two samples on.
 
         Raises:
-            UnsupportedModel: If the loss is no likelihood, examples are coupled, or a parameter cannot be treated.
+            UnsupportedModel: If the loss is no likelihood, examples are coupled, a parameter cannot be treated, or memory does not suffice.
             CurvkitError: If a gradient is not finite.
         """
         began, seed, objective = time.perf_counter(), seeds.settle(seed), objective.raised()
-        notes = refuse_without_likelihood(objective, "Fisher")
-        squares, count = ExampleSquares.of(objective, "Fisher"), len(objective.batches)
+        notes = refuse_without_likelihood(objective.loss, "Fisher")
+        squares, count = WatchedSquares(objective, "Fisher"), len(objective.batches)
+        expected = self.expected(objective)
+        refuse_too_large("Fisher", objective, expected, instead=INSTEAD)
         drawn = DiagonalSamples(objective.parameters.names)
         for sample in range(self.num_samples):
 
-            def cotangents(index: int, outputs: Tensor, targets: Any, first: int = sample * count) -> Iterator[Tensor]:
-                yield draw_cotangent(objective, outputs, targets, seed=seed, index=first + index)
+            def cotangent(run: Run, outputs: Tensor, targets: Any, first: int = sample * count) -> Tensor:
+                draw = Draw(seed, first + run.index, run.begin, run.size)
+                return draw_cotangent(objective.loss, outputs, targets, draw)
 
-            drawn.add(_joined(objective, squares.batches(cotangents)))
-        return _estimated(drawn, "fisher", repr(self), objective, (seed, began, (*notes, *_left(squares))))
+            drawn.add(squares.mean(cotangent))
+        return self._made(drawn, seed, began, (*notes, *squares.notes), expected.peak_bytes(objective))
 
-
-@dataclass(frozen=True)
-class EmpiricalFisher:
-    """The diagonal of the empirical Fisher matrix: squared gradients of single examples with the true targets.
-
-        E_jj = (1 / W) sum_n (d loss_n / d theta_j)^2
-
-    It is not the Fisher matrix and no estimate of it: at a minimum that fits the data it vanishes, and where the model is wrong it is
-    larger.
-    The gradients of the terms of one example (the tokens of a sequence) are added before they are squared.
-
-    Source: Kunstner, Balles & Hennig (2019), "Limitations of the empirical Fisher approximation", for the difference.
-    Cost: as one sample of `Fisher`; nothing is sampled.
-
-    Example:
-        >>> import torch.nn.functional as F
-        >>> model, x = torch.nn.Linear(2, 1, bias=False).double(), torch.tensor([[1.0, 2.0]]).double()
-        >>> found = EmpiricalFisher().estimate(Objective(model, F.mse_loss, [(x, model(x).detach() - 1.0)]))   # (2 x)^2
-        >>> found.values["weight"].round(decimals=6).tolist(), found.stderr
-        ([[4.0, 16.0]], None)
-    """
-
-    def estimate(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
-        """Compute the diagonal; see the class.
+    def recording(self, model: nn.Module, *, parameters: Any = None) -> Recording:
+        """Record one forward pass of a model in training, which stays as it is.
 
         Args:
-            objective: The function; its loss is a sum over examples.
-            seed: Not used; nothing is drawn.
+            model: Whose call is recorded, in whatever mode it is; the first tensor of the call has the examples in dimension 0.
+            parameters: Shell patterns for names; None takes all that require a gradient.
 
         Returns:
-            The diagonal.
+            A context manager for the forward pass.
 
         Raises:
-            UnsupportedModel: If examples are coupled, or a parameter cannot be treated.
-            CurvkitError: If a gradient is not finite.
+            InvalidArgument: If a pattern matches no name.
         """
-        began, objective = time.perf_counter(), objective.raised()
-        squares = ExampleSquares.of(objective, "EmpiricalFisher")
+        return Recording.of(model, parameters)
 
-        def cotangents(index: int, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
-            z = outputs.detach().requires_grad_()
-            yield torch.autograd.grad(objective.terms_of(z, targets).total, z)[0]
-
-        found = _joined(objective, squares.batches(cotangents))
-        cost = Cost(PER_SAMPLE + CHECKS, time.perf_counter() - began)
-        return DiagonalEstimate(found, None, "empirical_fisher", repr(self), cost, notes=_left(squares))
-
-
-@dataclass(frozen=True)
-class SquaredGradient:
-    """IRE's Eq. 6: the squared gradient of a mini-batch with targets drawn from the model, times its number of terms.
-
-        h = (1 / m) sum_b B_b g_b * g_b,    g_b = d/dtheta (1 / B_b) sum_n -log p(y'_n | x_n)
-
-    B_b is the number of terms of batch b that are not ignored. Its mean over the draw of the targets is the diagonal of the Fisher matrix
-    of those batches, but one batch is one draw of rank one: the relative error of an entry is about sqrt(2), whatever the size.
-    `Fisher` has the same mean and squares examples apart.
-
-    Args:
-        num_batches: m, taken from the first of the data.
-
-    Source: Liu et al. (2023), Sophia's Gauss-Newton-Bartlett estimator; Wang et al. (2024), arXiv 2405.20763, Eq. 6.
-    Cost: one gradient of each batch.
-
-    Example:
-        >>> import torch.nn.functional as F
-        >>> data = [(torch.randn(8, 2), torch.randn(8, 1))]
-        >>> SquaredGradient().estimate(Objective(torch.nn.Linear(2, 1), F.mse_loss, data), seed=0).matrix
-        'squared_gradient'
-    """
-
-    num_batches: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the option."""
-        _check_count("SquaredGradient", "num_batches", self.num_batches)
-
-    def estimate(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
-        """Compute h; see the class.
+    def from_recording(
+        self, recording: Recording, outputs: Tensor, targets: Any = None, *, loss: Any = None, seed: int | None = None
+    ) -> DiagonalEstimate:
+        """Estimate the diagonal from a forward pass of training, before its backward pass; `.grad` is not touched.
 
         Args:
-            objective: The function; its loss is a negative log-likelihood. Its batches are the mini-batches.
-            seed: Of the targets; None draws one.
+            recording: Of `recording`, whose block was left.
+            outputs: Of the model, with their graph.
+            targets: Of the batch; they say which terms are ignored. None: all count.
+            loss: One of torch's, a negative log-likelihood; None takes cross-entropy for outputs [N, C].
+            seed: Of the targets that are drawn; None draws one.
 
         Returns:
-            h, with standard errors over batches from two on.
+            The diagonal for this batch, dropout as it fell.
 
         Raises:
-            InvalidArgument: If there are fewer batches than asked for.
-            UnsupportedModel: If the loss is no likelihood.
+            InvalidArgument: If the loss is missing, or the recording is not of one forward pass.
+            UnsupportedModel: If there is no likelihood, a parameter has no rule, or examples are coupled.
             CurvkitError: If a gradient is not finite.
+
+        Cost: per sample a backward pass with squares, and one without for the checks.
+
+        Example:
+            >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+            >>> with Fisher().recording(model) as recording:
+            ...     outputs = model(x)
+            >>> found = Fisher().from_recording(recording, outputs, seed=0)
+            >>> found.matrix, model.weight.grad is None
+            ('fisher', True)
         """
-        began, seed, objective = time.perf_counter(), seeds.settle(seed), objective.raised()
-        notes = refuse_without_likelihood(objective, "SquaredGradient")
-        if len(objective.batches) < self.num_batches:
-            raise InvalidArgument(
-                f"SquaredGradient: num_batches={self.num_batches}, but the data has {len(objective.batches)}. Ask for fewer, or give more."
-            )
-        drawn, space = DiagonalSamples(objective.parameters.names), objective.parameters
-        for index in range(self.num_batches):
-            with objective.measuring():
-                outputs, targets = objective.outputs(index)
-                weight = objective.terms_of(outputs.detach(), targets).weight
-                s = draw_cotangent(objective, outputs, targets, seed=seed, index=index)
-                found = torch.autograd.grad(outputs, objective.tensors, s, allow_unused=True)
-            scale = objective.denominator([weight])
-            pieces: dict[str, Tensor | None] = dict(zip(space.names, found, strict=True))
-            squares = {
-                name: torch.zeros_like(p) if (g := pieces[name]) is None else g.square() / scale
-                for name, p in zip(space.names, objective.tensors, strict=True)
-            }
-            refuse_not_finite("SquaredGradient", squares)
-            drawn.add(squares)
-        return _estimated(drawn, "squared_gradient", repr(self), objective, (seed, began, notes))
+        began, seed = time.perf_counter(), seeds.settle(seed)
+        known = loss_of("Fisher", outputs, loss)
+        notes = refuse_without_likelihood(known, "Fisher")
+        refuse_unfit("Fisher", recording, outputs)
+        scale = denominator_of(known, weight_of(known, outputs, targets))
+        drawn = DiagonalSamples(list(recording.parameters))
+        for sample in range(self.num_samples):
+            s = draw_cotangent(known, outputs, targets, Draw(seed, sample))
+            drawn.add(recorded_mean("Fisher", recording, outputs, s, scale))
+        return self._made(drawn, seed, began, notes)
 
+    def expected(self, objective: Objective) -> Expected:
+        """Count work and memory.
 
-def _check_count(estimator: str, option: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidArgument(f"{estimator}: {option}={value!r} must be an integer >= 1. The default is 1.")
+        Args:
+            objective: What will be estimated.
 
+        Returns:
+            Both.
 
-def _joined(objective: Objective, batches: Iterator[tuple[dict[str, Tensor], float]]) -> dict[str, Tensor]:
-    """(1 / W) sum_b Q_b."""
-    total: dict[str, Tensor] = {}
-    weights: list[float] = []
-    for found, weight in batches:
-        weights.append(weight)
-        for name, value in found.items():
-            total[name] = total[name] + value if name in total else value
-    scale = objective.denominator(weights)
-    return {name: value / scale for name, value in total.items()}
+        Cost: a forward pass over a few rows.
+        """
+        return expected_squares(objective, gradients=CHECKS + PER_SAMPLE * self.num_samples, samples=self.num_samples)
 
-
-def _left(squares: ExampleSquares) -> tuple[str, ...]:
-    return tuple(
-        f"{name} has no rule ({reason}): it was treated by vmap" for name, reason in squares.coverage.refused.items()
-    )
-
-
-def _estimated(
-    drawn: DiagonalSamples, matrix: str, name: str, objective: Objective, facts: tuple[int, float, tuple[str, ...]]
-) -> DiagonalEstimate:
-    seed, began, notes = facts
-    share = drawn.size / len(objective.batches) if matrix == "squared_gradient" else drawn.size * PER_SAMPLE + CHECKS
-    cost = Cost(share, time.perf_counter() - began)
-    return DiagonalEstimate(drawn.mean, drawn.stderr, matrix, name, cost, drawn.size, seed, drawn.sums, notes)
+    def _made(
+        self, drawn: DiagonalSamples, seed: int, began: float, notes: tuple[str, ...], peak: int | None = None
+    ) -> DiagonalEstimate:
+        cost = Cost(CHECKS + PER_SAMPLE * self.num_samples, time.perf_counter() - began, peak_bytes=peak)
+        return DiagonalEstimate(
+            drawn.mean, drawn.stderr, self.matrix, repr(self), cost, drawn.size, seed, drawn.sums, notes
+        )

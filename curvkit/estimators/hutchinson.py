@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
 from curvkit.estimators.coverage import refuse_not_finite
+from curvkit.estimators.expected import Expected
+from curvkit.estimators.products import OperatorDiagonal, estimated_by_products, expected_of_products
 from curvkit.objectives import Objective
-from curvkit.operators import Hessian
-from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate, DiagonalSamples
+from curvkit.operators import CurvatureOperator, Hessian, Residual
+from curvkit.operators.plan import choose
+from curvkit.results.diagonal_estimate import DiagonalEstimate, DiagonalSamples
 
 PURPOSE = "hutchinson diagonal"
+VECTORS = 5
+"""Of the length of the parameters, beside what a product holds: mean, sum of squares, signs, and two temporaries."""
+INSTEAD = "Use Fisher, which needs no second derivatives, or give the data in smaller batches"
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Hutchinson:
     """
 
     num_probes: int = 10
+    matrix: ClassVar[str] = "hessian"
 
     def __post_init__(self) -> None:
         """Check the option."""
@@ -59,17 +66,82 @@ class Hutchinson:
             The diagonal, with standard errors from two probes on.
 
         Raises:
-            UnsupportedModel: If the objective has no second derivatives that could be trusted.
+            UnsupportedModel: If the objective has no second derivatives that could be trusted, or memory does not suffice.
             CurvkitError: If a product is not finite.
         """
-        began, seed = time.perf_counter(), seeds.settle(seed)
-        H = Hessian(objective)
-        drawn = DiagonalSamples(H.space.names)
+        return estimated_by_products(self, Hessian, objective, seed=seed, instead=INSTEAD)
+
+    def estimate_residual(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
+        """Estimate the diagonal of H - G, of the Hessian without the generalised Gauss-Newton matrix.
+
+        Args:
+            objective: The function; its loss takes outputs and targets.
+            seed: Of the signs; None draws one.
+
+        Returns:
+            The diagonal, with standard errors from two probes on.
+
+        Raises:
+            UnsupportedModel: If the objective has no second derivatives that could be trusted, or memory does not suffice.
+            UnknownObjective: If the loss does not take outputs and targets.
+            CurvkitError: If a product is not finite.
+        """
+        return estimated_by_products(self, Residual, objective, seed=seed, instead=INSTEAD)
+
+    def expected(self, objective: Objective) -> Expected:
+        """Count work and memory.
+
+        Args:
+            objective: What will be estimated.
+
+        Returns:
+            Both.
+
+        Raises:
+            CurvkitError: If memory does not suffice for one product.
+
+        Cost: about one gradient of the first batch.
+        """
+        it = objective.raised()
+        return expected_of_products(it, choose(it), Hessian, products=self.num_products, vectors=self.num_vectors)
+
+    @property
+    def num_products(self) -> int:
+        """One per probe."""
+        return self.num_probes
+
+    @property
+    def num_vectors(self) -> int:
+        """The mean, the sum of squares, the signs, and temporaries."""
+        return VECTORS
+
+    def of_operator(self, A: CurvatureOperator, *, seed: int) -> OperatorDiagonal:
+        """Estimate the diagonal of any operator.
+
+            d = (1 / m) sum_i v_i * (A v_i)
+
+        Args:
+            A: Symmetric; multiplied `num_probes` times.
+            seed: Probe i depends on (seed, i) alone.
+
+        Returns:
+            The diagonal, with standard errors from two probes on.
+
+        Raises:
+            CurvkitError: If a product is not finite.
+
+        Example:
+            >>> import torch, torch.nn.functional as F
+            >>> from curvkit.operators import GGN
+            >>> x = torch.eye(2)
+            >>> G = GGN(Objective(torch.nn.Linear(2, 1, bias=False), F.mse_loss, [(x, x[:, :1])]))   # I
+            >>> Hutchinson(num_probes=2).of_operator(G, seed=0).values["weight"].tolist()
+            [[1.0, 1.0]]
+        """
+        drawn = DiagonalSamples(A.space.names)
         for probe in range(self.num_probes):
-            v = seeds.signs(H.n, seed, PURPOSE, probe, dtype=H.dtype, device=H.device)
-            sample = H.space.unflatten(v * H.matvec(v))
+            v = seeds.signs(A.n, seed, PURPOSE, probe, dtype=A.dtype, device=A.device)
+            sample = A.space.unflatten(v.mul_(A.matvec(v)))
             refuse_not_finite("Hutchinson", sample)
             drawn.add(sample)
-        per = H.kind.gradients_per_product[0 if H.plan.residency == "retained" else 1]
-        cost = Cost(per * self.num_probes, time.perf_counter() - began, self.num_probes)
-        return DiagonalEstimate(drawn.mean, drawn.stderr, "hessian", repr(self), cost, drawn.size, seed, drawn.sums)
+        return OperatorDiagonal(drawn.mean, drawn.stderr, drawn.size, self.num_probes, drawn.sums)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvkit.errors import UnsupportedModel
 
-Place = Literal["first", "second", "flattened"]
+Place = Literal["first", "second", "flattened", "interleaved"]
 
 
 class WithoutExamples(UnsupportedModel):
@@ -21,7 +21,8 @@ class Layout:
     """How a tensor of a call holds the N examples of the batch.
 
     "first": dimension 0 counts examples. "second": dimension 1 does, dimension 0 counts positions (time first). "flattened": dimension 0
-    counts the positions of the first example, then those of the second, and so on.
+    counts the positions of the first example, then those of the second, and so on. "interleaved": dimension 0 counts the first positions
+    of all examples, then their second ones, and so on.
     """
 
     num_examples: int
@@ -30,13 +31,14 @@ class Layout:
     """Of the tensor."""
 
     @classmethod
-    def of(cls, tensor: Tensor, num_examples: int, *, positions: bool) -> Layout:
+    def of(cls, tensor: Tensor, num_examples: int, *, positions: bool, time_first: bool = False) -> Layout:
         """Tell from the shape; `coverage` checks it with numbers, for batches of every shape.
 
         Args:
             tensor: Output of a call.
             num_examples: N.
             positions: Whether all dimensions but the last may count positions; False where dimension 1 counts channels.
+            time_first: Whether positions are known to come before examples.
 
         Returns:
             The layout.
@@ -50,6 +52,10 @@ class Layout:
             'second'
         """
         shape = tuple(tensor.shape)
+        if positions and time_first and len(shape) == 2 and shape[0] % num_examples == 0:
+            return cls(num_examples, "interleaved", shape)
+        if positions and time_first and len(shape) >= 3 and shape[1] == num_examples:
+            return cls(num_examples, "second", shape)
         if shape and shape[0] == num_examples:
             place: Place = "first"
         elif positions and len(shape) >= 3 and shape[1] == num_examples:
@@ -74,7 +80,9 @@ class Layout:
         if self.place == "second":
             return tensor.transpose(0, 1)
         if self.place == "flattened":
-            return tensor.view(self.num_examples, -1, *tensor.shape[1:])
+            return tensor.reshape(self.num_examples, -1, *tensor.shape[1:])
+        if self.place == "interleaved":
+            return tensor.reshape(-1, self.num_examples, *tensor.shape[1:]).transpose(0, 1)
         return tensor
 
     def back(self, tensor: Tensor) -> Tensor:
@@ -90,6 +98,8 @@ class Layout:
             return tensor.transpose(0, 1)
         if self.place == "flattened":
             return tensor.reshape(self.shape[0], *tensor.shape[2:])
+        if self.place == "interleaved":
+            return tensor.transpose(0, 1).reshape(self.shape[0], *tensor.shape[2:])
         return tensor
 
     def positions(self, tensor: Tensor) -> Tensor:
@@ -115,7 +125,7 @@ class Layout:
         """
         if self.place == "second":
             inner = (self.shape[0], *self.shape[2:-1])
-        elif self.place == "flattened":
+        elif self.place in ("flattened", "interleaved"):
             inner = (self.shape[0] // self.num_examples,)
         else:
             inner = self.shape[1:-1]

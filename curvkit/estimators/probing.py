@@ -1,115 +1,170 @@
-"""A forward pass in which every example moves the parameters by random signs of its own."""
+"""Products with the Hessian in which every example moves the parameters by random signs of its own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvkit import seeds
-from curvkit.estimators.forms import Form, Lookup, Matrix, Signs
-from curvkit.estimators.recording import Recording
+from curvkit.estimators.forms import Form, Signs
+from curvkit.estimators.recording import Recording, Use
 
-PURPOSE = "per-example signs"
+OUTPUTS = 9
+"""Number of the signs at outputs, beside those of the factors of a matrix."""
+PURPOSE, SHARED = "per-example signs", "signs of parameters without a rule"
 
 
-class Probing(Recording):
-    """Adds eps V_n to the parameters of example n, V_n signs, where they are used, with eps = 0.
+class Probing:
+    """The gradients at all outputs z and inputs x of recorded calls, with their graph, ready for any number of probes.
 
-    Each output z of a recorded call becomes z + dz + eps * (change of z by the signs), with dz = 0, and each factor x is paired with a
-    w = 0 by adding <x, w> to the loss. Then r = dL / d eps is sum_n <V_n, dL_n/dW>, and by the symmetry of second derivatives
+    A probe moves the parameters of example n by eps V_n, V_n signs, so that z of its calls moves by eps (V_n x). Then
 
-        dr/d dz = d/d eps dL/dz,      dr/d w = d/d eps x,
+        r = dL / d eps = sum <dL/dz, V x>,    dr/dz = d/d eps dL/dz,    dr/dw = d/d eps x
 
-    so that two backward passes give all that `Form.collected` needs.
+    by the symmetry of second derivatives, where w = 0 is paired with x by adding <x, w> to L; and the two derivatives of r are all
+    that `Form.collected` needs. L and its gradients are computed once, without signs.
+
+    Where parameters are used once and each of their entries meets one entry of z in an example (dense layers on vectors), z itself is
+    moved, by signs u_n: since the Hessian in W is that in z times x x', u_n * (d/d eps dL_n/dz) times x^2 has the mean wanted, and
+    no noise of signs at the input.
 
     Args:
-        parameters: Which are moved, by name.
-        num_examples: N.
-        seed: Of the signs.
-        index: Of the probe.
+        recording: Of a forward pass.
+        total: L of its batch as a sum over examples, differentiable.
+        others: Parameters without a rule, by name; their signs are shared by all examples.
+
+    Cost: one backward pass without gradients of parameters, with its graph.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], num_examples: int, *, seed: int, index: int) -> None:
-        super().__init__(parameters, num_examples)
-        kind = next(iter(parameters.values()))
-        self.eps = torch.zeros((), dtype=kind.dtype, device=kind.device, requires_grad=True)
-        self.shifts: list[Tensor] = []
-        """dz of each use."""
-        self.weights: list[tuple[Tensor, Tensor]] = []
-        """(x, w) of each factor in the graph."""
-        self.parts: list[tuple[Form, int, int | None]] = []
-        """Each form, with the number of its use and of its factor."""
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        self._order = {name: number for number, name in enumerate(parameters)}
-        self._seed, self._index, self._signs = seed, index, dict[str, Signs]()
+    def __init__(self, recording: Recording, total: Tensor, others: Mapping[str, Tensor] | None = None) -> None:
+        self._others = dict(others or {})
+        self._num_examples = recording.num_examples
+        self._parameters = recording.parameters
+        self._order = {name: number for number, name in enumerate(recording.parameters)}
+        factors: dict[int, Tensor] = {}
+        names = [form.name for use in recording.uses for form in use.forms]
+        self._direct = {
+            use
+            for use in recording.uses
+            if all(names.count(form.name) == 1 and form.has_one_position(use.shape) for form in use.forms)
+        }
+        """Whose z is moved itself."""
+        for use in recording.uses:
+            for form in use.forms if use not in self._direct else ():
+                if form.factor is not None and form.factor.requires_grad:
+                    factors.setdefault(id(form.factor), form.factor)
+        self._places = {key: number for number, key in enumerate(factors)}
+        self._weights = [torch.zeros_like(x, requires_grad=True) for x in factors.values()]
+        wanted: list[Any] = [*(use.output for use in recording.uses), *self._others.values()]
+        found: tuple[Tensor | None, ...] = (None,) * len(wanted)
+        if total.requires_grad and wanted:
+            found = torch.autograd.grad(
+                [total, *factors.values()],
+                wanted,
+                [torch.ones_like(total), *self._weights],
+                create_graph=True,
+                allow_unused=True,
+            )
+        self._uses = [(use, g) for use, g in zip(recording.uses, found, strict=False) if g is not None]
+        self._moved = dict(zip(self._others, found[len(recording.uses) :], strict=True))
 
-    def recorded(self, forms: tuple[Form, ...], output: Tensor) -> Tensor:
-        """Move the output; see the class."""
-        shift = torch.zeros_like(output, requires_grad=True)
-        super().recorded(forms, output)
-        moved = output + shift
-        for form in forms:
-            factor = form.factor
-            if factor is not None and factor.requires_grad:
-                weight = torch.zeros_like(factor, requires_grad=True)
-                self.weights.append((factor, weight))
-            number = len(self.weights) - 1 if factor is not None and factor.requires_grad else None
-            self.parts.append((form, len(self.shifts), number))
-            moved = moved + self.eps * form.probe(self.signs(form))
-        self.shifts.append(shift)
-        return moved
-
-    def signs(self, form: Form) -> Signs:
-        """The signs of a parameter, drawn once.
-
-        Args:
-            form: One of its uses.
-
-        Returns:
-            Those of all N examples.
-        """
-        name = form.name
-        if name not in self._signs:
-            shape, N = self._shapes[name], self.num_examples
-            if isinstance(form, Matrix | Lookup):
-                sizes = (shape[0], math.prod(shape[1:]))
-                self._signs[name] = Signs(*(self._drawn(name, part, (N, size)) for part, size in enumerate(sizes)))
-            else:
-                self._signs[name] = Signs(self._drawn(name, 0, (N, *shape)))
-        return self._signs[name]
-
-    def diagonal(self, total: Tensor, others: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Multiply the signs with the Hessian.
+    def sample(self, *, seed: int, index: int, last: bool = False) -> dict[str, Tensor]:
+        """Multiply signs with the Hessian.
 
         Args:
-            total: L of the batch as a sum over its examples, computed with this recording active.
-            others: Parameters by name that were moved by eps times something else.
+            seed: Of the signs.
+            index: Of the probe.
+            last: Whether no other follows, so that the graph may go.
 
         Returns:
-            sum_n V_n * (H V)_n for each recorded parameter, in its shape: one sample of the diagonal of the Hessian of `total`. For each of
-            `others` H V.
+            sum_n V_n * (H_n V_n) for each recorded parameter, and V * (H V) for each of the others, in their shapes: one sample of the
+            diagonal of the Hessian of L. Parameters that are not used are left out.
 
-        Cost: two backward passes.
+        Cost: a backward pass through the graph of one, and as much as the gradients of the parameters, twice.
         """
-        paired = sum(((x * w).sum() for x, w in self.weights), start=total)
-        first = torch.autograd.grad(paired, [self.eps, *self.shifts], create_graph=True)
-        r, gradients = first[0], first[1:]
-        wanted = [*self.shifts, *(w for _, w in self.weights)]
-        rest = dict(others or {})
-        dots = torch.autograd.grad(r, [*wanted, *rest.values()], materialize_grads=True)
-        found = dict(zip(rest, dots[len(wanted) :], strict=True))
-        for form, use, factor in self.parts:
-            x_dot = None if factor is None else dots[len(self.shifts) + factor]
-            part = form.collected(self.signs(form), gradients[use].detach(), dots[use], x_dot)
-            found[form.name] = found[form.name] + part if form.name in found else part
+        drawn, moves = dict[str, Signs](), dict[Use, Tensor]()
+        shared = {name: self._shared(name, p, seed, index) for name, p in self._others.items()}
+        roots, cotangents = list[Tensor](), list[Tensor]()
+        with torch.no_grad():
+            for use, g in self._uses:
+                if use in self._direct:
+                    moves[use] = self._signs(use.forms[0].name, OUTPUTS, use.shape, seed, index)
+                    roots.append(g)
+                    cotangents.append(moves[use])
+                    continue
+                for form in use.forms:
+                    if form.name not in drawn:
+                        drawn[form.name] = self._drawn(form, seed, index)
+                roots.append(g)
+                cotangents.append(_total([form.probe(drawn[form.name]) for form in use.forms]))
+                for form in use.forms:
+                    x = form.factor
+                    if x is not None and x.requires_grad and (back := form.pulled(drawn[form.name], g)) is not None:
+                        roots.append(x)
+                        cotangents.append(back)
+        for name, v in shared.items():
+            moved = self._moved[name]
+            if moved is not None:
+                roots.append(moved)
+                cotangents.append(v)
+        wanted: list[Any] = [*(use.output for use, _ in self._uses), *self._weights, *self._others.values()]
+        dots: tuple[Tensor | None, ...] = (None,) * len(wanted)
+        known = [place for place, root in enumerate(roots) if root.requires_grad]
+        if wanted and known:
+            dots = torch.autograd.grad(
+                [roots[place] for place in known],
+                wanted,
+                [cotangents[place] for place in known],
+                retain_graph=not last,
+                allow_unused=True,
+            )
+        with torch.no_grad():
+            found = self._collected(drawn, moves, dots)
+        for (name, v), product in zip(shared.items(), dots[len(self._uses) + len(self._weights) :], strict=True):
+            found[name] = torch.zeros_like(v) if product is None else v * product
         return found
 
-    def _drawn(self, name: str, part: int, shape: tuple[int, ...]) -> Tensor:
-        purpose = f"{PURPOSE} {self._order[name]}.{part}"
-        flat = seeds.signs(
-            math.prod(shape), self._seed, purpose, self._index, dtype=self.eps.dtype, device=self.eps.device
-        )
+    def _collected(
+        self, drawn: Mapping[str, Signs], moves: Mapping[Use, Tensor], dots: tuple[Tensor | None, ...]
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for (use, g), g_dot in zip(self._uses, dots, strict=False):
+            g_dot = use.kind.new_zeros(use.shape) if g_dot is None else g_dot
+            if use in moves:
+                found |= {form.name: form.weighed(moves[use] * g_dot) for form in use.forms}
+                continue
+            for form in use.forms:
+                x_dot = None if form.factor is None else self._dot(form.factor, dots)
+                part = form.collected(drawn[form.name], g, g_dot, x_dot)
+                found[form.name] = found[form.name] + part if form.name in found else part
+        return found
+
+    def _dot(self, factor: Tensor, dots: tuple[Tensor | None, ...]) -> Tensor | None:
+        place = self._places.get(id(factor))
+        return None if place is None else dots[len(self._uses) + place]
+
+    def _drawn(self, form: Form, seed: int, index: int) -> Signs:
+        """The signs of a parameter for all N examples."""
+        shape, N, name = tuple(self._parameters[form.name].shape), self._num_examples, form.name
+        if form.factored:
+            sizes = (shape[0], math.prod(shape[1:]))
+            return Signs(*(self._signs(name, part, (N, size), seed, index) for part, size in enumerate(sizes)))
+        return Signs(self._signs(name, 0, (N, *shape), seed, index))
+
+    def _signs(self, name: str, part: int, shape: tuple[int, ...], seed: int, index: int) -> Tensor:
+        purpose, like = f"{PURPOSE} {self._order[name]}.{part}", self._parameters[name]
+        flat = seeds.signs(math.prod(shape), seed, purpose, index, dtype=like.dtype, device=like.device)
         return flat.view(shape)
+
+    def _shared(self, name: str, parameter: Tensor, seed: int, index: int) -> Tensor:
+        purpose = f"{SHARED} {name}"
+        flat = seeds.signs(parameter.numel(), seed, purpose, index, dtype=parameter.dtype, device=parameter.device)
+        return flat.view(parameter.shape)
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return sum(parts[1:], start=parts[0])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.forms import Form
+from curvkit.estimators.forms import Form, Rows, summed_in_chunks
+from curvkit.estimators.insides import INSIDES, followed
 from curvkit.estimators.layouts import WithoutExamples
-from curvkit.estimators.rules import RULES
+from curvkit.estimators.rules import ADDS, COUPLING, RESHAPES, RULES, SPLITS, Rule
+from curvkit.parameters import ParameterSpace
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,82 +25,274 @@ class Use:
     """A call, the parameters in it, and what came out."""
 
     forms: tuple[Form, ...]
+    output: Any
+    """The edge of the graph where dL/dz arrives, whatever is written over z later: an input of torch.autograd.grad."""
+    shape: tuple[int, ...]
+    """Of z."""
+    kind: Tensor
+    """A tensor of the dtype and on the device of z."""
+    inputs: tuple[Tensor, ...] = ()
+    """Tensors that went in beside the parameters."""
+    versions: tuple[int, ...] = ()
+    """Of `inputs`, as they went in."""
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether something was written over an input since, so that it is no longer what went in."""
+        return any(x._version != before for x, before in zip(self.inputs, self.versions, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a function was given."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    given: list[Tensor]
+    """Tensors among both."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether there are two arguments and no option."""
+        return len(self.args) == 2 and not self.kwargs
+
+
+@dataclass(frozen=True, eq=False)
+class Common:
+    """The output of a call that is the same for all examples, as positions are that are looked up once."""
+
     output: Tensor
+    rule: Rule
+    call: Call
+    names: set[str]
+    reason: str
+
+    @property
+    def without_ones(self) -> tuple[int, ...]:
+        """Its shape for one example."""
+        shape = tuple(self.output.shape)
+        return shape[1:] if shape and shape[0] == 1 else shape
 
 
 class Recording(TorchFunctionMode):
     """While active, each call of `RULES` that has a parameter in it is recorded.
 
     Calls are seen where torch dispatches its functions, so that functional use, several uses of one parameter and modules of any
-    class count. Where the input of such a call is the same for all examples, it is repeated for each, so that their gradients are apart.
+    class count. Where the output of such a call is the same for all examples and is added to something that is not, the sum counts as
+    its output, in which the gradients of examples are apart. What the model computes stays as it is.
 
     Args:
         parameters: Which are looked for, by name.
-        num_examples: N, rows of dimension 0 of the batch.
+        num_examples: N, rows of dimension 0 of the batch; None: of the first tensor in the call of `model`.
+        model: Whose call says N; its hook for that is gone when the recording ends.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], num_examples: int) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        num_examples: int | None = None,
+        *,
+        model: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.num_examples = num_examples
+        self.parameters = dict(parameters)
+        self.num_examples = num_examples or 0
+        self.time_first = False
+        self.model, self.calls = model, 0
+        """How often the model was called."""
         self.uses: list[Use] = []
         self.refused: dict[str, str] = {}
         """Parameters of which a use has no rule, with the reason."""
+        self.coupled: str | None = None
+        """A call that couples the examples, whose gradients are then not known."""
+        self._hook: Any = None
+        self._common: dict[int, Common] = {}
+        self._runs: dict[int, tuple[Tensor, str]] = {}
+        """Runs of rows that a parameter was cut into, with names for the rules."""
+        self._rows: dict[str, tuple[str, slice]] = {}
+        """Those names, with the parameter's and the rows."""
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._alive = list(parameters.values())  # an id means something as long as they live
 
+    @classmethod
+    def of(cls, model: nn.Module, parameters: Any = None) -> Recording:
+        """A recording of one forward pass of a model in training.
+
+        Args:
+            model: In whatever mode it is.
+            parameters: Shell patterns for the names, or a `ParameterSpace`; None takes all that require a gradient.
+
+        Returns:
+            The context, which learns the number of examples from the call.
+
+        Raises:
+            InvalidArgument: If a pattern matches no name.
+
+        Example:
+            >>> model = nn.Linear(2, 3)
+            >>> with Recording.of(model) as recording:
+            ...     _ = model(torch.ones(4, 2))
+            >>> recording.num_examples, len(recording.uses)
+            (4, 1)
+        """
+        space = parameters if isinstance(parameters, ParameterSpace) else ParameterSpace.of(model, parameters)
+        own: Any = dict(zip(space.names, space.tensors(model), strict=True))
+        return cls(own, model=model)
+
+    def __enter__(self) -> Self:
+        """Wait for the call of the model."""
+        if self.model is not None:
+            self._hook = self.model.register_forward_pre_hook(self._called, prepend=True, with_kwargs=True)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        """Leave the model as it was."""
+        super().__exit__(*exception)
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _called(self, model: Any, args: Any, kwargs: Any) -> None:
+        self.calls += 1
+        first = next(_tensors((args, kwargs)), None)
+        self.num_examples = first.shape[0] if first is not None and first.ndim else 0
+
     def name(self, tensor: Any) -> str | None:
         """Name of a parameter that is looked for; None for anything else."""
+        if id(tensor) in self._runs:
+            return self._runs[id(tensor)][1]
         return self._names.get(id(tensor)) if isinstance(tensor, nn.Parameter) else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and record it."""
-        kwargs, rule = kwargs or {}, RULES.get(func)
-        found = {name for value in tree_leaves((args, kwargs)) if (name := self.name(value)) is not None}
-        if rule is None or not found:
-            return self._without_rule(func, func(*args, **kwargs), found)
+        kwargs = kwargs or {}
+        given = list(_tensors((args, kwargs)))
+        found = {self._whole(name) for value in given if (name := self.name(value)) is not None}
+        if found and func in INSIDES:
+            return self._inside(func, args, kwargs)
+        output = func(*args, **kwargs)
+        if self.coupled is None and func in COUPLING and COUPLING[func](*args, **kwargs):
+            self.coupled = f"{func.__name__} in training mode"
+        if any(id(value) in self._common for value in given):
+            self._with_common(func, output, Call(args, kwargs, given), found)
+        elif found:
+            self._with_parameters(func, output, Call(args, kwargs, given), found)
+        return output
+
+    def _inside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record the calls inside of a function, whose examples come second."""
+        self.time_first = True
+        super().__enter__()
         try:
-            output = func(*args, **kwargs)
-            try:
-                forms = tuple(rule(self, output, *args, **kwargs))
-            except WithoutExamples:
-                args = tuple(self._repeated(value) for value in args)
-                kwargs = {key: self._repeated(value) for key, value in kwargs.items()}
-                output = func(*args, **kwargs)
-                forms = tuple(rule(self, output, *args, **kwargs))
+            return followed(func, *args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
+            self.time_first = False
+
+    def _whole(self, name: str) -> str:
+        """The parameter's name for that of a run of its rows."""
+        return self._rows[name][0] if name in self._rows else name
+
+    def _cut(self, parameter: Tensor, runs: Any) -> bool:
+        """Note that a parameter was cut into runs of rows; whether it was."""
+        name, begin = self._names.get(id(parameter)), 0
+        if name is None or any(run.shape[1:] != parameter.shape[1:] for run in runs):
+            return False
+        for run in runs:
+            rows = slice(begin, begin + len(run))
+            key, begin = f"{name}[{rows.start}:{rows.stop}]", rows.stop
+            self._runs[id(run)] = run, key
+            self._rows[key] = name, rows
+        return begin == len(parameter)
+
+    def _placed(self, form: Form) -> Form:
+        """The form of a run of rows as one of the whole parameter."""
+        if form.name not in self._rows:
+            return form
+        name, rows = self._rows[form.name]
+        return Rows(name, form.outgoing, form.incoming, form, rows, tuple(self.parameters[name].shape))
+
+    def _with_parameters(self, func: Any, output: Any, call: Call, found: set[str]) -> None:
+        """Record a call by its rule."""
+        rule = RULES.get(func)
+        if func in SPLITS and self._cut(call.args[0], output):
+            return
+        if rule is None:
+            self._without_rule(func, output, found)
+            return
+        try:
+            if not self.num_examples:
+                raise UnsupportedModel("it is used before the model is called, or the call has no examples")
+            forms = tuple(self._placed(form) for form in rule(self, output, *call.args, **call.kwargs))
+        except WithoutExamples as reason:
+            self._common[id(output)] = Common(output, rule, call, found, str(reason))
+            return
         except UnsupportedModel as error:
             self.refused |= dict.fromkeys(found, str(error))
-            return func(*args, **kwargs)
+            return
         self._without_rule(func, output, found - {form.name for form in forms})
-        return self.recorded(forms, output) if forms else output
+        self._recorded(forms, output, [value for value in call.given if self.name(value) is None])
 
-    def _without_rule(self, func: Any, output: Any, found: set[str]) -> Any:
-        """Refuse parameters that enter a call in a way that has no rule, if what comes out depends on them; return the output."""
-        if found and any(
-            isinstance(made, Tensor) and made.requires_grad and not self.name(made) for made in tree_leaves(output)
-        ):
+    def _with_common(self, func: Any, output: Any, call: Call, found: set[str]) -> None:
+        """Record a call of which an input is the same for all examples, where it is added to one that is not."""
+        common = [self._common[id(value)] for value in call.given if id(value) in self._common]
+        first, other = common[0], {name for it in common[1:] for name in it.names}
+        if isinstance(output, Tensor) and len(common) == 1 and not found:
+            if func in ADDS and call.plain and tuple(output.shape) == (self.num_examples, *first.without_ones):
+                args, kwargs = self._repeated(first.call.args), self._repeated(first.call.kwargs)
+                try:
+                    forms = tuple(self._placed(form) for form in first.rule(self, output, *args, **kwargs))
+                except UnsupportedModel as error:
+                    self.refused |= dict.fromkeys(first.names, str(error))
+                    return
+                self._without_rule(func, output, first.names - {form.name for form in forms})
+                inputs = [value for value in (*first.call.given, *call.given) if self.name(value) is None]
+                self._recorded(forms, output, [value for value in inputs if id(value) not in self._common])
+                return
+            kept = func is Tensor.to and output.shape == first.output.shape  # as GPT-2 does, to the device of the words
+            if kept or (func in RESHAPES and tuple(output.shape) == (1, *first.output.shape)):
+                self._common[id(output)] = replace(first, output=output)
+                return
+        made = [value for value in _tensors(output) if value.requires_grad]
+        if made:
+            self.refused |= dict.fromkeys((*first.names, *other), first.reason)
+            self._without_rule(func, output, found)
+
+    def _recorded(self, forms: tuple[Form, ...], output: Tensor, inputs: list[Tensor]) -> None:
+        if forms and output.requires_grad:
+            versions = tuple(value._version for value in inputs)
+            edge, kind = get_gradient_edge(output), output.detach().new_empty(0)
+            self.uses.append(Use(forms, edge, tuple(output.shape), kind, tuple(inputs), versions))
+
+    def _without_rule(self, func: Any, output: Any, found: set[str]) -> None:
+        """Refuse parameters that enter a call in a way that has no rule, if what comes out depends on them."""
+        if found and any(made.requires_grad and self.name(made) is None for made in _tensors(output)):
             called = getattr(func, "__name__", str(func))
             self.refused |= dict.fromkeys(found, f"it is used in {called}, which has no rule for it")
-        return output
-
-    def recorded(self, forms: tuple[Form, ...], output: Tensor) -> Tensor:
-        """Keep a use.
-
-        Args:
-            forms: Of the parameters.
-            output: Of the call.
-
-        Returns:
-            What the model gets.
-        """
-        self.uses.append(Use(forms, output))
-        return output
 
     def _repeated(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or self.name(value) is not None or isinstance(value, nn.Parameter):
+        """Tensors of a call without examples as they would be with them."""
+        if isinstance(value, tuple | list):
+            return tuple(self._repeated(part) for part in value)  # type: ignore[arg-type]
+        if isinstance(value, dict):
+            return {key: self._repeated(part) for key, part in value.items()}  # type: ignore[arg-type]
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
             return value
         if value.ndim > 0 and value.shape[0] == 1:
             return value.expand(self.num_examples, *value.shape[1:])
         return value.expand(self.num_examples, *value.shape)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in what a function is given, or returns."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:  # type: ignore[assignment]
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        for part in value.values():  # type: ignore[assignment]
+            yield from _tensors(part)
 
 
 def grouped(uses: Iterable[Use], gradients: Iterable[Tensor | None]) -> dict[str, list[tuple[Form, Tensor]]]:
@@ -130,5 +325,14 @@ def summed_squares(uses: list[tuple[Form, Tensor]]) -> Tensor:
     if len(uses) == 1:
         form, g = uses[0]
         return form.squares(g)
-    total = sum(torch.stack([form.gradients(g, slice(None)) for form, g in uses]).unbind(0))
-    return total.square().sum(0)  # type: ignore[union-attr]
+    rows = sorted((form.rows.start, form.rows.stop) for form, _ in uses if isinstance(form, Rows))
+    if len(rows) == len(uses) and all(one[1] <= two[0] for one, two in itertools.pairwise(rows)):
+        return sum((form.squares(g) for form, g in uses), start=torch.zeros(()))
+    size = uses[0][0].written * uses[0][1].element_size()
+
+    def part(piece: slice) -> Tensor:
+        written = [form.gradients(g, piece) for form, g in uses]
+        return sum(written[1:], start=written[0]).square().sum(0)
+
+    first, g = uses[0]
+    return summed_in_chunks(len(first.outgoing(g)), size, g.device, part)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvkit.errors import UnsupportedModel
+from curvkit.estimators.convolution import Convolution, Window
 from curvkit.estimators.forms import Form, Lookup, Matrix, Scale
 from curvkit.estimators.layouts import Layout
 
@@ -18,6 +19,8 @@ class Names(Protocol):
     """Which tensors are parameters, and how many examples there are."""
 
     num_examples: int
+    time_first: bool
+    """Whether positions are known to come before examples."""
 
     def name(self, tensor: Any) -> str | None:
         """Name of a parameter that is looked for; None for anything else."""
@@ -26,6 +29,10 @@ class Names(Protocol):
 
 Rule = Callable[..., Iterator[Form]]
 """(names, output, *arguments of the call) -> the forms of the parameters in it."""
+
+
+def _layout(names: Names, output: Tensor) -> Layout:
+    return Layout.of(output, names.num_examples, positions=True, time_first=names.time_first)
 
 
 def _dense(names: Names, output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Form]:
@@ -52,7 +59,7 @@ def _product(names: Names, output: Tensor, x: Tensor, weight: Tensor, *, transpo
     name = names.name(weight)
     if name is None:
         return
-    layout = Layout.of(output, names.num_examples, positions=True)
+    layout = _layout(names, output)
     inner = Layout(layout.num_examples, layout.place, tuple(x.shape))
     yield Matrix(
         name,
@@ -68,12 +75,12 @@ def _product(names: Names, output: Tensor, x: Tensor, weight: Tensor, *, transpo
 def _offset(names: Names, output: Tensor, bias: Any) -> Iterator[Form]:
     name = names.name(bias)
     if name is not None:
-        yield _elementwise(name, Layout.of(output, names.num_examples, positions=True), None, tuple(bias.shape))
+        yield _elementwise(name, _layout(names, output), None, tuple(bias.shape))
 
 
 def _elementwise(name: str, layout: Layout, x: Tensor | None, shape: tuple[int, ...]) -> Scale:
     """A parameter that is broadcast over examples and positions, and over dimensions in which it has size 1."""
-    free = {"first": 1, "second": 2, "flattened": 1}[
+    free = {"first": 1, "second": 2, "flattened": 1, "interleaved": 1}[
         layout.place
     ]  # leading dimensions of z that must not be the parameter's
     size = layout.examples_first(torch.empty(layout.shape, device="meta")).shape
@@ -98,7 +105,7 @@ def _multiplied(names: Names, output: Tensor, left: Any, right: Any) -> Iterator
     for weight, x in ((left, right), (right, left)):
         name = names.name(weight)
         if name is not None and isinstance(x, Tensor):
-            layout = Layout.of(output, names.num_examples, positions=True)
+            layout = _layout(names, output)
             yield _elementwise(name, layout, x.expand_as(output), tuple(weight.shape))
 
 
@@ -120,7 +127,7 @@ def _layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Iterator[Form]:
-    layout = Layout.of(output, names.num_examples, positions=True)
+    layout = _layout(names, output)
     name = names.name(weight)
     if name is not None:
         yield _elementwise(name, layout, F.layer_norm(x, list(shape), None, None, eps), tuple(shape))
@@ -132,7 +139,7 @@ def _rms_norm(
 ) -> Iterator[Form]:
     name = names.name(weight)
     if name is not None:
-        layout = Layout.of(output, names.num_examples, positions=True)
+        layout = _layout(names, output)
         yield _elementwise(name, layout, F.rms_norm(x, list(shape), None, eps), tuple(shape))
 
 
@@ -150,21 +157,28 @@ def _batch_norm(
 ) -> Iterator[Form]:
     if training:
         raise UnsupportedModel("BatchNorm in training mode couples the examples")
-    yield from _by_channel(
-        names, output, lambda: F.batch_norm(x, mean, variance, None, None, False, momentum, eps), weight, bias
-    )
+    tail = (-1, *(1,) * (output.ndim - 2))
+
+    def normal(x: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, variance, None, None, False, momentum, eps)
+
+    def linear(x: Tensor) -> Tensor:
+        return x * (variance + eps).rsqrt().view(tail)
+
+    yield from _by_channel(names, output, x, weight, bias, normal, linear)
 
 
 def _group_norm(
     names: Names, output: Tensor, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Iterator[Form]:
-    yield from _by_channel(names, output, lambda: F.group_norm(x, groups, None, None, eps), weight, bias)
+    normalised = None if names.name(weight) is None else F.group_norm(x, groups, None, None, eps)
+    yield from _by_channel(names, output, normalised, weight, bias)
 
 
 def _by_channel(
-    names: Names, output: Tensor, normalised: Callable[[], Tensor], weight: Any, bias: Any
+    names: Names, output: Tensor, x: Tensor | None, weight: Any, bias: Any, *maps: Callable[[Tensor], Tensor]
 ) -> Iterator[Form]:
-    """One factor and one offset for each index of dimension 1."""
+    """One factor and one offset for each index of dimension 1; of `Scale` the maps from x to what the factor multiplies."""
     tail = (1,) * (output.ndim - 2)
 
     def gathered(y: Tensor) -> Tensor:
@@ -177,7 +191,10 @@ def _by_channel(
         name = names.name(parameter)
         if name is not None:
             Layout.of(output, names.num_examples, positions=False)
-            yield Scale(name, _same, _same, normalised() if parameter is weight else None, gathered, spread)
+            if parameter is weight:
+                yield Scale(name, _same, _same, x, gathered, spread, *maps)
+            else:
+                yield Scale(name, _same, _same, None, gathered, spread)
 
 
 def _embedding(
@@ -189,7 +206,7 @@ def _embedding(
     options |= dict(zip(("max_norm", "norm_type", "scale_grad_by_freq", "sparse"), rest, strict=False))
     if options.get("max_norm") is not None or options.get("scale_grad_by_freq"):
         raise UnsupportedModel("an embedding with max_norm or scale_grad_by_freq")
-    layout = Layout.of(output, names.num_examples, positions=True)
+    layout = _layout(names, output)
     places = Layout(layout.num_examples, layout.place, (*index.shape, 1)).positions(index[..., None])[..., 0]
     padding = options.get("padding_idx", padding)
     padding = padding + len(weight) if padding is not None and padding < 0 else padding
@@ -221,9 +238,10 @@ def _convolution(
 
     if name is not None:
         patches = _Patches(tuple(weight.shape[2:]), stride, padding, dilation, groups)
-        yield Matrix(name, outgoing, incoming, x, patches, tuple(weight.shape), groups=groups)
+        shape, window = tuple(weight.shape), patches.window
+        yield Convolution(name, outgoing, incoming, x, patches, shape, groups=groups, window=window)
     if offset is not None:
-        yield from _by_channel(names, output, lambda: output, None, bias)
+        yield from _by_channel(names, output, None, None, bias)
 
 
 class _Patches:
@@ -239,6 +257,12 @@ class _Patches:
         else:
             sides = [(size, size) for size in _each(0 if padding == "valid" else padding, d)]
         self._pads = [size for side in reversed(sides) for size in side]
+
+    @property
+    def window(self) -> Window:
+        """The same for images; a row of pixels is one of height 1."""
+        kernel, stride, dilation = ((1, *each)[-2:] for each in (self._kernel, self._stride, self._dilation))
+        return Window(kernel, stride, dilation, tuple(self._pads))
 
     def __call__(self, x: Tensor) -> Tensor:
         x = F.pad(x, self._pads) if any(self._pads) else x
@@ -257,6 +281,8 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
+ADDS: tuple[Any, ...] = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+RESHAPES: tuple[Any, ...] = (torch.unsqueeze, Tensor.unsqueeze, Tensor.__getitem__, Tensor.view, Tensor.reshape)
 RULES: dict[Any, Rule] = {
     F.linear: _dense,
     torch.addmm: _addmm,
@@ -268,6 +294,14 @@ RULES: dict[Any, Rule] = {
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiplied),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _added),
+    **dict.fromkeys(ADDS, _added),
 }
 """By the function that is called."""
+
+
+SPLITS: tuple[Any, ...] = (torch.chunk, Tensor.chunk, torch.split, Tensor.split)
+"""Functions that cut a parameter into runs of rows."""
+COUPLING: dict[Any, Callable[..., bool]] = {
+    F.batch_norm: lambda x, mean=None, variance=None, weight=None, bias=None, training=False, *_, **__: bool(training),
+}
+"""Calls that couple the examples of a batch, and whether their arguments do."""

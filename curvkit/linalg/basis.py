@@ -96,18 +96,19 @@ class Basis:
         last[last.shape[0] - (self._room - self.size)].copy_(row)
         self.size += 1
 
-    def coefficients(self, w: Tensor) -> Tensor:
+    def coefficients(self, w: Tensor, size: int | None = None) -> Tensor:
         """Q w, one inner product per row, added up in float64 over runs.
 
         Args:
             w: [n].
+            size: How many rows; None for all.
 
         Returns:
             [size] float64.
         """
         run = RUN.get(self.device.type, LONG_RUN)
         found = []
-        for chunk in self._filled(self.size):
+        for chunk in self._filled(self.size if size is None else size):
             total = torch.zeros(chunk.shape[0], dtype=torch.float64, device=self.device)
             for part, piece in zip(chunk.split(run, 1), w.split(run), strict=True):
                 total += part @ piece

@@ -28,6 +28,32 @@ class KrylovSubspace:
     """[n], f, orthogonal to the rows of Q."""
     known: Tensor
     """[p] float64: sums of the diagonal of A - P A P by parts, P = I - Q'Q; their sum is tr T."""
+    asymmetry: float = 0.0
+    """Largest |q_i'A q_j| with j > i + 1, zero for a symmetric matrix up to rounding."""
+
+    @property
+    def scale(self) -> float:
+        """Largest |Ritz value|: the estimate of ||A||."""
+        return torch.linalg.matrix_norm(self.T, 2).item()
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of A - P A P, of which `known` has the sums.
+
+            diag(Q'TQ) + 2 q_r * f
+
+        Returns:
+            [n].
+
+        Cost: r^2 n multiplications; three vectors of memory.
+        """
+        last = torch.zeros(self.basis.size, 1, dtype=torch.float64)
+        last[-1] = 2.0
+        total = self.basis.combine(last)[0].mul_(self.remainder)
+        theta, S = torch.linalg.eigh(self.T)
+        for value, weights in zip(theta.tolist(), S.T, strict=True):
+            y = self.basis.combine(weights[:, None])[0]
+            total.addcmul_(y, y, value=value)
+        return total
 
     def sample(self, x: Tensor, sums: Tensor, lengths: Sequence[int]) -> Tensor:
         """Turn a sample of A into one of P A P, without a product.
@@ -52,7 +78,7 @@ class KrylovSubspace:
 
 
 def krylov(
-    A: LinearMap, rank: int, *, lengths: Sequence[int], seed: int, start: Tensor | None
+    A: LinearMap, rank: int, *, lengths: Sequence[int], seed: int, start: Tensor | None, measure: str = "trace"
 ) -> Generator[int, None, KrylovSubspace]:
     """Run `rank` steps of Lanczos with full reorthogonalization.
 
@@ -62,6 +88,7 @@ def krylov(
         lengths: Coordinates of each part.
         seed: Of the random half of the start vector; independent of the probes.
         start: [n], a direction rich in the eigenvectors of large eigenvalues, for example the gradient; None: a random one.
+        measure: What is measured, for messages.
 
     Yields:
         How many products were made, after each.
@@ -75,17 +102,18 @@ def krylov(
     random, eps = RandomVectors(A, seed), torch.finfo(A.dtype).eps
     left, _ = start_block(start, 1, random)
     basis, T, scale = Basis(A.n, A.dtype, A.device, capacity=rank), torch.zeros(0, 0, dtype=torch.float64), 0.0
-    row = left[0]
+    row, asymmetry = left[0], 0.0
     for count in range(1, rank + 1):
         (row,), _ = append_block(left, basis, BREAKDOWN * eps * scale, random)
         left = [A.matvec(row).clone()]
         column = basis.orthogonalize(left[0]).double().cpu()
-        refuse_not_finite(column, f"of deflation step {count}")
+        refuse_not_finite(column, f"of deflation step {count}", measure=measure)
+        asymmetry = max([asymmetry, *column[: max(count - 2, 0)].abs().tolist()])
         T = extend(T, column[None])
         scale = torch.linalg.matrix_norm(T, 2).item()
         yield count
     known = part_traces(basis, T, lengths) + 2.0 * part_sums(row, left[0], lengths)
-    return KrylovSubspace(basis, T, left[0], known)
+    return KrylovSubspace(basis, T, left[0], known, asymmetry)
 
 
 def part_traces(basis: Basis, T: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -177,18 +177,19 @@ def part_sums(x: Tensor, y: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.stack(sums).cpu()
 
 
-def refuse_not_finite(numbers: Tensor, which: str) -> None:
+def refuse_not_finite(numbers: Tensor, which: str, *, measure: str = "trace") -> None:
     """Check sums to which every entry of a product contributes.
 
     Args:
         numbers: The sums.
         which: Of the products, for the message.
+        measure: What is measured, for the message.
 
     Raises:
         CurvkitError: If one is NaN or infinite.
     """
     if not bool(torch.isfinite(numbers).all()):
         raise CurvkitError(
-            f"trace: the product {which} has NaN or infinite entries. The function or its derivatives overflow there: check weights and "
-            "data for NaN, or compute in float64."
+            f"{measure}: the product {which} has NaN or infinite entries. The function or its derivatives overflow there: check weights "
+            "and data for NaN, or compute in float64."
         )

@@ -1,7 +1,7 @@
 """The trace of a symmetric matrix from its products, with an interval that holds where sampling stops.
 
 `search` runs one of the methods and adds the stopping rule; `estimate` is its last word. Each method is an iterator without an end
-in a file of its own: `hutchinson`, `deflation`, `hutchpp`, `xtrace`; the rule is in `student`.
+in a file of its own: `hutchinson`, `deflation`, `hutchpp`, `xtrace`; the rule is in `stopping` and `student`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from curvkit.linalg.certificate import AS_COMPUTED, OtherArithmetic
 from curvkit.linalg.hutchinson import Draws, Samples, probe, refuse_not_finite
 from curvkit.linalg.maps import LinearMap
 from curvkit.linalg.recorded import clock_of, derived
+from curvkit.linalg.stopping import Told, stated, stopped
 from curvkit.linalg.trace_check import PROBES, Witness
-from curvkit.linalg.trace_settings import LEFT_OUT, RANK, Method, Settings
+from curvkit.linalg.trace_settings import ELSEWHERE, LEFT_OUT, RANK, Method, Settings
 from curvkit.results.trace_estimate import TraceEstimate, TraceParts
 
 __all__ = ["Method", "Settings", "estimate", "refuse_unfit", "search"]
@@ -37,8 +38,6 @@ FEW = 120
 """Up to this order all basis vectors are preferred to a subspace."""
 MOST = 10**9
 """More probes than this are not told apart."""
-Told = tuple[Draws, str, str]
-"""What is known, by which method, and why that one."""
 
 
 def search(
@@ -52,10 +51,7 @@ def search(
 ) -> Iterator[TraceEstimate]:
     """Estimate tr A until its interval is narrow enough.
 
-    The interval is the estimate ± `student.half_width`, and what rounding adds to it. It is looked at after 30 probes and then each time
-    their number has grown by a quarter, and at the end of the budget; at those looks alone an estimate is called converged, if the
-    half-width is at most max(tolerance |value|, absolute_tolerance). If rounding alone is more than that, sampling ends where the doubt
-    from the probes is no larger than rounding, and nothing is called converged.
+    The interval and the rule by which sampling ends are those of `stopping.stopped`.
 
     The products of three probes are held against one another and against `other`: `check` says how far they are from those of a symmetric
     matrix, and what their rounding does to the trace. The methods "exact", "hutch++" and "xtrace" make these products for that alone,
@@ -77,7 +73,7 @@ def search(
         CurvkitError: If a product has NaN or infinite entries.
     """
     clock = clock_of(A)
-    settings, began, before, rank = settings or Settings(), clock(), 0, 0
+    settings, began = settings or Settings(), clock()
     lengths = (A.n,) if lengths is None else tuple(lengths)
     _check_parts(A, lengths, start)
     refuse_unfit(settings, A.n)
@@ -87,22 +83,9 @@ def search(
         refuse_not_finite(watched.matvec(probe(A, seed, index)).double().sum(), f"with probe {index + 1}")
     if apart:  # now, before products with basis vectors, whose errors may be large relative to them
         watched.look(other, beside=PROBES)
-    for draws, method, reason in _told(watched, settings, lengths, seed, start):
-        late = settings.max_seconds is not None and clock() - began > settings.max_seconds
-        if watched.ready and not late:
-            watched.look(other, beside=0)
-        last = late or draws.exact or draws.products + draws.step > settings.max_products
-        last = last or (method == "xtrace" and (draws.probes == A.n or _full(settings, draws.probes)))
-        found = _estimate(draws, settings, method, reason, watched)
-        before, rank = (before if draws.rank == rank or method == "xtrace" else 0), draws.rank
-        due = draws.exact or (draws.probes >= student.LEAST and (last or student.is_due(draws.probes, before)))
-        before = draws.probes
-        found = replace(found, converged=due and found.half_width <= found.allowed)
-        yield found
-        rounding = found.rounding or 0.0
-        hopeless = due and found.half_width - rounding <= rounding > found.allowed
-        if last or found.converged or hopeless:
-            return
+    if settings.max_seconds is not None:
+        settings = replace(settings, max_seconds=max(settings.max_seconds - (clock() - began), 1e-9))
+    yield from stopped(_told(watched, settings, lengths, seed, start), settings, watched, other, clock)
 
 
 def estimate(A: LinearMap, *, seed: int | None = None, **options: Any) -> TraceEstimate:
@@ -219,7 +202,7 @@ def _needed(draws: Draws, settings: Settings, A: Witness) -> int:
     """Predict the probes that the tolerance takes, or the rounding where that is more; `MOST` where nothing is known of it."""
     if draws.probes < 2:
         return MOST
-    found = _estimate(draws, settings, "", "", A)
+    found = stated(draws, settings, "", "", A)
     rounding = found.rounding or 0.0
     room = found.allowed - rounding
     return student.probes_needed(draws.stderr * draws.probes**0.5, room if room > 0.0 else rounding)
@@ -254,37 +237,6 @@ def _diagonal(A: LinearMap, begin: int, size: int) -> Tensor:
     return Y[begin : begin + size].diagonal().double().cpu()
 
 
-def _estimate(draws: Draws, settings: Settings, method: str, reason: str, A: Witness) -> TraceEstimate:
-    """Add the interval; not yet whether it is narrow enough."""
-    rounding = A.rounding(draws.value)
-    half = (rounding or 0.0) + (0.0 if draws.exact else student.half_width(draws.stderr, draws.probes))
-    unknown = draws.value != draws.value
-    return TraceEstimate(
-        value=draws.value,
-        stderr=draws.stderr,
-        low=-float("inf") if unknown else draws.value - half,
-        high=float("inf") if unknown else draws.value + half,
-        confidence=1.0 if draws.exact and rounding is None else student.CONFIDENCE,
-        probes=draws.probes,
-        products=draws.products,
-        method=method,
-        reason=reason,
-        converged=False,
-        tolerance=settings.tolerance,
-        absolute_tolerance=settings.absolute_tolerance,
-        exact=draws.exact,
-        rank=draws.rank,
-        parts=draws.parts,
-        rounding=rounding,
-        check=A.check,
-    )
-
-
-def _full(settings: Settings, vectors: int) -> bool:
-    """Whether XTrace has no room for another vector."""
-    return settings.max_rows is not None and 2 * (vectors + 1) + LEFT_OUT > settings.max_rows
-
-
 def _check_parts(A: LinearMap, lengths: tuple[int, ...], start: Tensor | None) -> None:
     if sum(lengths) != A.n or min(lengths, default=-1) < 0:
         raise InvalidArgument(
@@ -306,6 +258,11 @@ def refuse_unfit(settings: Settings, n: int) -> None:
     Raises:
         InvalidArgument: With what would fit.
     """
+    if settings.method in ELSEWHERE:
+        raise InvalidArgument(
+            f"trace: method={settings.method!r} samples the examples of a loss, and a matrix has none. Use curvkit.measures.trace, or one "
+            "of the other methods here: 'auto' if in doubt."
+        )
     if settings.method == "exact" and settings.max_products < n:
         raise InvalidArgument(
             f"trace: method='exact' takes {n} products, max_products={settings.max_products} allows fewer. Allow {n}, or use 'auto'."

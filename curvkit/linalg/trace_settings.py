@@ -7,7 +7,9 @@ from typing import Literal, get_args
 
 from curvkit.errors import InvalidArgument
 
-Method = Literal["auto", "exact", "hutchinson", "deflated", "hutch++", "xtrace"]
+Method = Literal["auto", "exact", "hutchinson", "deflated", "hutch++", "xtrace", "example-hutchinson", "controlled"]
+ELSEWHERE = ("example-hutchinson", "controlled")
+"""Methods that need the examples of a loss, not a matrix alone: see `curvkit.measures.trace`."""
 
 RANK = 30
 """Dimensions of the subspace where none are asked for."""

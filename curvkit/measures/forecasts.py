@@ -9,6 +9,7 @@ from curvkit.linalg import trace as linalg_trace
 from curvkit.measures import piecewise_linear
 from curvkit.measures.eigenvalues import SharpnessSettings
 from curvkit.measures.engine import OPERATORS
+from curvkit.measures.example_way import chosen, probes_expected, refuse_unfit
 from curvkit.measures.traces import TraceSettings, fitted, most_by_structure
 from curvkit.measures.vectors import rows_that_fit
 from curvkit.objectives import Objective
@@ -71,7 +72,8 @@ def forecast_trace(objective: Objective, settings: TraceSettings | None = None) 
 
     Returns:
         The plan with bytes and seconds, both estimated; n products where all of the diagonal is computed, what its structure is
-        predicted to take where that of the network gives the trace, else 100. Products that check others are not counted.
+        predicted to take where that of the network gives the trace, else 100; with signs per example what `probes_expected` says, in
+        products with the Hessian. Products that check others are not counted.
 
     Raises:
         InvalidArgument: If a setting does not fit, as `trace_steps` would say.
@@ -91,10 +93,18 @@ def forecast_trace(objective: Objective, settings: TraceSettings | None = None) 
     """
     settings = settings or TraceSettings()
     objective, plan = settings.planned(objective)
+    refuse_unfit(settings.search, settings.rule)
     n, search = objective.parameters.n, fitted(settings, objective, plan)
+    way = chosen(objective, search) if settings.rule == "reverse" else None
+    expected = 0 if way is None else min(probes_expected(search.tolerance, way), search.max_products)
+    per = OPERATORS[settings.rule].kind.gradients_per_product[0 if plan.residency == "retained" else 1]
+    sampled = 0.0 if way is None else way.gradients(expected, plan) / per
     most = most_by_structure(settings, n)
+    most = most if way is None else min(most, sampled)
     if most > 0.0 and piecewise_linear.applies(objective, 0, most=most):
         products, held = math.ceil(piecewise_linear.predicted_products(objective)), 0
+    elif way is not None:
+        products, held = math.ceil(sampled), 0
     else:
         linalg_trace.refuse_unfit(search, n)
         exact = search.method == "exact" or (search.method == "auto" and n <= linalg_trace.SMALL)

@@ -139,6 +139,7 @@ def trace_of(document: Mapping[str, Any]) -> Trace:
     return Trace(
         estimate=estimate,
         unit=it["unit"],
+        gradients=it.get("gradients"),
         layers=tuple(map(_share, it["layers"])),
         parameters=tuple(map(_share, it["parameters"])),
         **_common(it, record),

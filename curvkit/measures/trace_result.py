@@ -66,6 +66,8 @@ class Trace:
     notes: tuple[str, ...] = ()
     cross_check: CrossCheck | None = None
     """The same by another library; None if that was not asked."""
+    gradients: float | None = None
+    """Work in gradients (forward and backward pass) of the same data, by counting; None where it was not counted."""
 
     def __repr__(self) -> str:
         """The value with its interval, and what it belongs to."""
@@ -123,6 +125,7 @@ class Trace:
                 "gradient_norm": self.gradient_norm,
                 "products": None if self.by_structure else self.products,
                 "search_products": None if self.by_structure else found.products,
+                "gradients": self.gradients,
                 "by_structure": self.by_structure,
                 "seconds": self.seconds,
                 "preflight": None if self.preflight is None else self.preflight.to_dict(),

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from curvkit.errors import CurvkitError
+from curvkit.errors import CurvkitError, UnsupportedModel, ran_out_of_memory
 from curvkit.linalg import trace as linalg_trace
 from curvkit.linalg.basis import norm
 from curvkit.linalg.recorded import recorded
@@ -20,6 +20,8 @@ from curvkit.losses.batches import inputs_and_targets
 from curvkit.measures import piecewise_linear
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.engine import Engine
+from curvkit.measures.example_trace import ExampleTrace, SeenSamples, example_steps
+from curvkit.measures.example_way import METHODS, Way, chosen, probes_expected, refuse_unfit
 from curvkit.measures.products import other_arithmetic, refuse_asymmetry
 from curvkit.measures.remembering import decided, recorded_arithmetic, settled_seed
 from curvkit.measures.trace_result import Trace, shares
@@ -74,6 +76,7 @@ def trace_steps(
         CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
     """
     settings, began, seed = settings or TraceSettings(), journal.clock(), settled_seed(journal, seed)
+    refuse_unfit(settings.search, settings.rule)
     checked = settings.checked(objective)
     operator = settings.operator(objective, journal)
     search = replace(settings.search, **decided(journal, "search", partial(_sizes, settings, operator), SIZES))
@@ -98,6 +101,7 @@ def trace_steps(
             products=found.products + (0 if found.check is None else found.check.products),
             unused=operator.unused,
             preflight=checked,
+            gradients=_gradients(found, operator),
             notes=(*objective.notes, *said, *_remarks(found, search), *doubts(checked), *operator.notes),
         )
         yield result
@@ -121,8 +125,8 @@ def trace(
     Args:
         objective: The function: model, loss, data.
         tolerance: Half-width of the 95 % interval relative to the trace; None takes that of `settings`, 0.05 by default.
-        method: "exact", "hutchinson", "deflated", "hutch++", "xtrace", or "auto" by predicted cost; None takes that of `settings`, "auto"
-            by default.
+        method: "exact", "hutchinson", "deflated", "hutch++", "xtrace", "example-hutchinson", "controlled", or "auto" by predicted cost;
+            None takes that of `settings`, "auto" by default.
         max_products: Budget; None takes that of `settings`, 500 by default.
         seed: Of every draw; None draws one and records it.
         settings: Everything else: memory, engine, rank, time.
@@ -137,7 +141,7 @@ def trace(
         UnknownObjective: If loss and data do not fit.
         CurvkitError: If loss or products are not finite, or memory does not suffice for the smallest parts.
 
-    Cost: 30 to a few hundred products of about two gradients each.
+    Cost: 30 to a few hundred products of about two gradients each, or of one with signs per example.
     Accuracy: the interval holds the trace for this data with probability 0.95, about; see docs/concepts/trace.md.
 
     Example:
@@ -204,7 +208,10 @@ def _estimates(
     """By the structure of the network where that is exact and cheap or asked for, else by products; `said` takes notes."""
     search, clock, start = settings.search, journal.clock, operator.gradient
     began = clock()
+    way = chosen(operator.objective, search) if settings.rule == "reverse" else None
     most = most_by_structure(settings, operator.n)
+    if way is not None:
+        most = min(most, products_by_examples(way, search, operator))
     if most > 0.0:
         if piecewise_linear.applies(operator.objective, seed, most=most):
             done = yield from _by_structure(operator, search, began, said, journal)
@@ -215,6 +222,17 @@ def _estimates(
     other, doubted = other_arithmetic(operator)
     said += doubted
     A, other = recorded(operator, journal, "hessian"), recorded_arithmetic(other, journal)
+    if way is not None:
+        try:
+            watched = SeenSamples(A, seed=seed, other=other)  # memory may run out there, which changes the plan
+            it = ExampleTrace(operator.objective, operator.plan, way, seed)
+            yield from example_steps(it, search, watched, journal)
+            return
+        except (UnsupportedModel, RuntimeError, MemoryError) as error:
+            if search.method in METHODS or not (isinstance(error, UnsupportedModel) or ran_out_of_memory(error)):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            said.append(f"signs per example could not be used, and products were: {type(error).__name__}: {reason}")
     yield from linalg_trace.search(A, search, lengths=lengths_of(operator), seed=seed, start=start, other=other)
 
 
@@ -267,6 +285,35 @@ def _by_structure(
     return True
 
 
+def products_by_examples(way: Way, search: linalg_trace.Settings, operator: Operator) -> float:
+    """Say what sampling the examples is expected to cost.
+
+    Args:
+        way: How they are sampled.
+        search: What is wanted.
+        operator: Of the Hessian.
+
+    Returns:
+        Products with the Hessian.
+    """
+    expected = min(probes_expected(search.tolerance, way), search.max_products)
+    return way.gradients(expected, operator.plan) / _per_product(operator)
+
+
+def _per_product(operator: Operator) -> float:
+    """Gradients that a product is counted as."""
+    return operator.kind.gradients_per_product[0 if operator.plan.residency == "retained" else 1]
+
+
+def _gradients(found: TraceEstimate, operator: Operator) -> float | None:
+    """Work in gradients; None by the structure of a piecewise linear network."""
+    if found.method == "exact" and found.products == 0:
+        return None
+    checks = 0 if found.check is None else found.check.products
+    own = found.products * _per_product(operator) if found.gradients is None else found.gradients
+    return own + checks * _per_product(operator)
+
+
 def lengths_of(operator: Operator) -> tuple[int, ...]:
     """Count the coordinates of each parameter tensor.
 
@@ -309,5 +356,7 @@ def _remarks(found: TraceEstimate, search: linalg_trace.Settings) -> Iterator[st
             f"the tolerance is below the rounding of products: it allows ± {found.allowed:.2g}, rounding alone is ± {found.rounding:.2g}. "
             "More probes do not help; float64 does"
         )
-    if search.rank is not None and (found.exact or search.method in ("hutchinson", "xtrace")):
+    if search.rank is not None and (
+        found.exact or found.method in METHODS or search.method in ("hutchinson", "xtrace")
+    ):
         yield f"rank={search.rank} has no part in this: {found.method} makes no subspace of a chosen size"

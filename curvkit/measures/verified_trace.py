@@ -17,6 +17,7 @@ from curvkit.linalg.certificate import PERTURBATION, assumed_error
 from curvkit.linalg.deflation import KrylovSubspace, krylov
 from curvkit.linalg.hutchinson import part_sums, probe
 from curvkit.linalg.maps import LinearMap
+from curvkit.measures.example_way import METHODS
 from curvkit.measures.products import other_arithmetic
 from curvkit.measures.repeated_trace import again, in_precision
 from curvkit.measures.restored import trace_of
@@ -24,6 +25,7 @@ from curvkit.measures.trace_result import Trace, TraceShare, shares
 from curvkit.measures.traces import Operator, TraceSettings, lengths_of, unit
 from curvkit.measures.vectors import rows_that_fit
 from curvkit.measures.verification import CLOSE, compared_definitions, compared_point, usual_error
+from curvkit.measures.verified_examples import sampled_again
 from curvkit.measures.verified_parts import Check, common_parts, same_number
 from curvkit.objectives import Objective
 from curvkit.results import TraceParts
@@ -45,8 +47,8 @@ def verify_trace(
     """Recompute what a document of `curvkit trace -o` states.
 
     Mean, standard error, interval and shares follow from the samples; of these, `num_probes` are drawn and computed anew: x'Hx for
-    "hutchinson"; for "deflated" the subspace is made again as well. The other methods, whose samples do not stand for themselves, are run
-    again with the same seed.
+    "hutchinson", with signs per example for "example-hutchinson" and "controlled", whose exact part is computed again; for "deflated" the
+    subspace is made again as well. The other methods, whose samples do not stand for themselves, are run again with the same seed.
 
     Args:
         objective: The function, resolved anew; in any precision.
@@ -90,6 +92,10 @@ def verify_trace(
     yield from _interval(document, samples, known)
     if found.method in ("hutchinson", "deflated") and samples is not None and known is not None and len(samples):
         yield from _probes(operator, stated, (samples, known), num_probes)
+    elif found.method in METHODS and samples is not None and known is not None and len(samples):
+        yield from sampled_again(operator, stated, (samples, known), num_probes)
+    elif found.method in METHODS:
+        yield Check("samples", found.probes, None, False)
     else:
         yield from again(objective, operator, document, engine)
 

@@ -99,6 +99,9 @@ def fingerprint(batches: Iterable[Batch]) -> str:
 
 def _once(data: Iterable[Batch], limit: int | None, seed: int = DRAW_SEED) -> tuple[Batch, ...]:
     """One pass, or its beginning, under a seed; as ordinary tensors, also inside `torch.inference_mode`."""
+    if type(data) in (list, tuple):  # draws nothing; to set every random state takes a millisecond
+        with torch.inference_mode(False):
+            return tuple(_ordinary(batch) for batch in itertools.islice(data, limit))
     batch_sampler = getattr(data, "batch_sampler", None)
     nested = (getattr(batch_sampler, "sampler", None), getattr(data, "sampler", None), getattr(data, "dataset", None))
     holders = {id(holder): holder for holder in (data, batch_sampler, *nested)}.values()

@@ -9,6 +9,7 @@ from curvkit.operators.mixed import MixedHessian
 from curvkit.operators.plan import Plan
 from curvkit.operators.preconditioned import Preconditioned
 from curvkit.operators.protocol import CurvatureOperator
+from curvkit.operators.residual import Residual
 from curvkit.operators.scaled import Scaled
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "PerturbedHessian",
     "Plan",
     "Preconditioned",
+    "Residual",
     "Scaled",
 ]

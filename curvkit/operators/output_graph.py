@@ -70,7 +70,7 @@ class OutputGraph(BatchGraph):
         z = outputs.detach().requires_grad_()
         terms = objective.terms_of(z, targets)
         total = finite_total(cls.matrix, objective, index if number is None else number, terms)
-        _refuse_other_ways(objective, terms)
+        refuse_other_ways(objective, terms)
         if not (outputs.requires_grad and terms.total.requires_grad):
             return cls(parameters, tuple(None for _ in parameters), total, terms.weight, terms.count, None)
         with explained(cls.matrix):
@@ -169,8 +169,16 @@ class OutputGraph(BatchGraph):
         return abs(difference) / size if size > 0.0 else float(difference != 0.0)
 
 
-def _refuse_other_ways(objective: Objective, terms: LossTerms) -> None:
-    """A loss of the user's own may hold on to the model, for a penalty on its weights: J would not know of it."""
+def refuse_other_ways(objective: Objective, terms: LossTerms) -> None:
+    """Refuse a loss that holds on to the model, for a penalty on its weights: J would not know of it.
+
+    Args:
+        objective: The function.
+        terms: Of outputs that were cut off from the model.
+
+    Raises:
+        UnknownObjective: Naming the first parameter that the loss depends on past the outputs.
+    """
     if isinstance(objective.loss, KnownLoss) or not terms.total.requires_grad:
         return
     direct = _pieces(torch.autograd.grad(terms.total, objective.tensors, retain_graph=True, allow_unused=True))

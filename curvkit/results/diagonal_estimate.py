@@ -186,7 +186,7 @@ def _content(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 class DiagonalSamples:
-    """Mean and standard error of diagonals that come one by one, in the memory of two.
+    """Mean and standard error of diagonals that come one by one, in the memory of two; one alone takes that of one.
 
         mean_m = mean_(m-1) + (d_m - mean_(m-1)) / m,    S_m = S_(m-1) + (d_m - mean_(m-1)) (d_m - mean_m)
 
@@ -216,15 +216,16 @@ class DiagonalSamples:
             sample: Parameter-shaped; the tensors are not kept.
         """
         self.size += 1
-        self._sums.append(torch.stack([sample[name].double().sum().cpu() for name in self._names]))
+        self._sums.append(torch.stack([sample[name].sum(dtype=torch.float64).cpu() for name in self._names]))
         for name in self._names:
             d = sample[name]
             if self.size == 1:
-                self.mean[name], self._squares[name] = d.clone(), torch.zeros_like(d)
+                self.mean[name] = d.clone()
                 continue
             step = d - self.mean[name]
             self.mean[name] += step / self.size
-            self._squares[name] += step * (d - self.mean[name])
+            square = step.mul_(d - self.mean[name])
+            self._squares[name] = self._squares[name].add_(square) if self.size > 2 else square
 
     @property
     def stderr(self) -> dict[str, Tensor]:

@@ -88,9 +88,9 @@ class TraceEstimate:
     probes: int
     """Random vectors that `stderr` rests on."""
     products: int
-    """Products with the matrix, those of the check apart."""
+    """Products with the matrix, those of the check apart; with signs per example one for each probe."""
     method: str
-    """"exact", "hutchinson", "deflated", "hutch++" or "xtrace"."""
+    """"exact", "hutchinson", "deflated", "hutch++", "xtrace", "example-hutchinson" or "controlled"."""
     reason: str
     """Why this method."""
     converged: bool
@@ -109,6 +109,8 @@ class TraceEstimate:
     """What rounding adds to the half-width; None: not measured."""
     check: ProductCheck | None = None
     """Symmetry and rounding of the products; None: not looked at."""
+    gradients: float | None = None
+    """Work in gradients of the same data, where a product is one with signs per example; None: `products` say it."""
 
     @property
     def half_width(self) -> float:

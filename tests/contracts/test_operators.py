@@ -20,7 +20,7 @@ from curvkit.linalg import DenseMap, FunctionMap, LinearMap
 from curvkit.losses import token_cross_entropy
 from curvkit.models import MLP, Decoder
 from curvkit.objectives import Objective
-from curvkit.operators import GGN, CurvatureOperator, Hessian, Preconditioned, Scaled
+from curvkit.operators import GGN, CurvatureOperator, Hessian, Preconditioned, Residual, Scaled
 from curvkit.testing import check_operator
 
 
@@ -70,6 +70,8 @@ CURVATURE: dict[str, Callable[[Objective], CurvatureOperator]] = {
     "Hessian, streamed": lambda objective: Hessian(objective, residency="streamed"),
     "GGN, retained": lambda objective: GGN(objective, residency="retained"),
     "GGN, streamed": lambda objective: GGN(objective, residency="streamed"),
+    "residual, retained": lambda objective: Residual(objective, residency="retained"),
+    "residual, streamed": lambda objective: Residual(objective, residency="streamed"),
     "GGN, preconditioned": lambda objective: preconditioned(GGN(objective)),
     "Hessian, scaled": lambda objective: scaled(Hessian(objective)),
 }

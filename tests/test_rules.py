@@ -1,0 +1,241 @@
+"""Layer rules: the gradient of each example against torch.autograd on that example alone, and signs per example against dense Hessians."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import bits, classes, dense, normal, seeded
+from test_estimators import Case, check_unbiased
+from torch import Tensor, nn
+
+from curvkit.estimators import ExampleHutchinson
+from curvkit.estimators.coverage import coverage
+from curvkit.estimators.recording import Recording, grouped, summed_squares
+
+N, T = 4, 5
+Y = classes(N, num=3, seed=2)
+
+
+class Attending(nn.Module):
+    """nn.MultiheadAttention in all its ways: whose key and value are the query or not, with masks, of other sizes."""
+
+    def __init__(self, kind: str, *, batch_first: bool = True, **options: Any) -> None:
+        super().__init__()
+        self.kind, self.batch_first = kind, batch_first
+        self.a = nn.MultiheadAttention(4, 2, batch_first=batch_first, **options)
+        self.memory, self.head = nn.Linear(4, options.get("kdim") or 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x if self.batch_first else x.transpose(0, 1)
+        memory = torch.tanh(self.memory(q))[1:] if not self.batch_first else torch.tanh(self.memory(q))[:, 1:]
+        k, v = {
+            "self": (q, q),
+            "cross": (memory, memory),
+            "apart": (memory, memory * 2.0),
+            "other sizes": (memory, torch.cat([memory, memory], -1)),
+        }[self.kind.partition(",")[0]]
+        options: dict[str, Any] = {"need_weights": "weights" in self.kind}
+        if "causal" in self.kind:
+            options |= {
+                "attn_mask": nn.Transformer.generate_square_subsequent_mask(T, dtype=x.dtype),
+                "is_causal": True,
+            }
+        if "padding" in self.kind:
+            padding = torch.zeros(len(x), k.shape[1 if self.batch_first else 0], dtype=x.dtype)
+            padding[:, -1] = torch.where(x[:, 0, 0] > 0, -torch.inf, 0.0)
+            options |= {"key_padding_mask": padding}
+        out = q + self.a(q, k, v, **options)[0]
+        return self.head(out).mean(1 if self.batch_first else 0)
+
+
+class Positions(nn.Module):
+    """Looked up once for all examples, and added; with or without a dimension of size 1 in front."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Linear(4, 6), nn.Linear(6, 3)
+        self.places, self.query = nn.Embedding(T, 6), nn.Linear(2, 6)
+        self.register_buffer("fixed", normal(2, seed=9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, p = self.a(x), self.places(torch.arange(T))
+        if self.kind == "unsqueezed":
+            p = p.unsqueeze(0)
+        elif self.kind == "indexed":
+            p = p[None]
+        elif self.kind == "twice":
+            h = torch.tanh(h + p)
+        elif self.kind == "left":
+            return self.b(torch.tanh(p + h)).mean(1)
+        elif self.kind == "linear":
+            return self.b(torch.tanh(h.mean(1) + self.query(self.fixed)))
+        return self.b(torch.tanh(h + p)).mean(1)
+
+
+class Split(nn.Module):
+    """One matrix, cut into the weights of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v, self.b = nn.Parameter(torch.randn(7, 4)), nn.Parameter(torch.randn(7)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate = self.w.split([4, 3])
+        first, second = torch.split(self.v, [4, 3])
+        return self.b(torch.tanh(F.linear(x, up, first)) * F.linear(x, gate, second).sum(-1, keepdim=True))
+
+
+def encoder(**options: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, **options)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(4 * T, 3))
+
+
+SEQUENCE, VECTOR = normal(N, T, 4), normal(N, 4)
+ATTENTION = {
+    name: Case(make, F.cross_entropy, SEQUENCE, Y)
+    for name, make in {
+        "self": lambda: Attending("self"),
+        "self, time first": lambda: Attending("self", batch_first=False),
+        "self, weights": lambda: Attending("self, weights"),
+        "self, causal": lambda: Attending("self, causal"),
+        "self, causal, padding": lambda: Attending("self, causal, padding"),
+        "cross": lambda: Attending("cross"),
+        "cross, time first, padding": lambda: Attending("cross, padding", batch_first=False),
+        "apart": lambda: Attending("apart, weights"),
+        "apart, without offsets": lambda: Attending("apart", bias=False),
+        "other sizes": lambda: Attending("other sizes", kdim=3, vdim=6),
+        "with a zero": lambda: Attending("self", add_zero_attn=True),
+        "encoder": encoder,
+        "encoder, norm first": lambda: encoder(norm_first=True),
+    }.items()
+}
+OTHERS = {
+    "positions": Case(lambda: Positions("plain"), F.cross_entropy, SEQUENCE, Y),
+    "positions, unsqueezed": Case(lambda: Positions("unsqueezed"), F.cross_entropy, SEQUENCE, Y),
+    "positions, indexed": Case(lambda: Positions("indexed"), F.cross_entropy, SEQUENCE, Y),
+    "positions, added twice": Case(lambda: Positions("twice"), F.cross_entropy, SEQUENCE, Y),
+    "positions, first": Case(lambda: Positions("left"), F.cross_entropy, SEQUENCE, Y),
+    "a layer of no example": Case(lambda: Positions("linear"), F.cross_entropy, SEQUENCE, Y),
+    "a matrix that is cut": Case(Split, F.cross_entropy, VECTOR, Y),
+}
+CASES = ATTENTION | OTHERS
+
+
+def recorded(case: Case) -> tuple[Recording, dict[str, list[Any]], Any]:
+    """A forward pass with gradients of the total at all calls."""
+    objective = case.objective((N,))
+    own: Any = dict(zip(objective.parameters.names, objective.tensors, strict=True))
+    with objective.measuring():
+        with Recording(own, N) as recording:
+            outputs, targets = objective.outputs(0)
+        total = objective.terms_of(outputs, targets).total
+        pulled: Any = torch.autograd.grad(total, [use.output for use in recording.uses], allow_unused=True)
+    return recording, grouped(recording.uses, pulled), objective
+
+
+def diagonal(case: Case) -> Tensor:
+    return dense(case.objective((N,)).model, lambda call: case.loss(call(case.x), case.y)).hessian.diagonal()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_examples(name: str):
+    """Rung 2: every example run alone; sums of squares likewise."""
+    recording, uses, objective = recorded(CASES[name])
+    assert recording.refused == {}
+    for row in range(N):
+        one = objective.with_batches([tuple(tensor[row : row + 1] for tensor in objective.batches[0])])
+        with one.measuring():
+            alone = torch.autograd.grad(one.terms(0).total, one.tensors, materialize_grads=True)
+        for parameter, truth in zip(one.parameters.names, alone, strict=True):
+            found = sum(form.gradients(g, slice(row, row + 1))[0] for form, g in uses.get(parameter, []))
+            assert (found - truth).abs().max() < 1e-12
+    for forms in uses.values():
+        written = sum(form.gradients(g, slice(None)) for form, g in forms)
+        assert isinstance(written, Tensor)
+        assert (summed_squares(forms) - written.square().sum(0)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_coverage_has_all(name: str):
+    assert coverage(CASES[name].objective((N,))).refused == {}
+
+
+@pytest.mark.parametrize("name", ["self", "apart", "positions, added twice", "a matrix that is cut"])
+def test_signs_are_unbiased(name: str):
+    """Rung 5."""
+    found = ExampleHutchinson(num_probes=100).estimate(CASES[name].objective((2, 2)), seed=3)
+    check_unbiased(found, diagonal(CASES[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_signs_are_unbiased_everywhere(name: str):
+    """Rung 5."""
+    found = ExampleHutchinson(num_probes=200).estimate(CASES[name].objective((N,)), seed=4)
+    check_unbiased(found, diagonal(CASES[name]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_recorded_pass_is_the_pass(name: str):
+    """Bit for bit, also with dropout in training mode, whose draws are the same; and so are the gradients of parameters."""
+    model = CASES[name].objective((N,)).model.train()
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.4
+    made: list[list[bytes]] = []
+    for inside in (False, True):
+        with seeded(5):
+            if inside:
+                with Recording.of(model):
+                    z = model(CASES[name].x)
+            else:
+                z = model(CASES[name].x)
+        found = torch.autograd.grad(z.square().sum(), list(model.parameters()), materialize_grads=True)
+        made.append([bits(z), *(bits(g) for g in found)])
+    assert made[0] == made[1]
+
+
+class Odd(nn.Module):
+    """Parameters in calls that have no rule."""
+
+    def __init__(self, make: Callable[[Odd, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.make = nn.Linear(4, 6), nn.Linear(6, 3), make
+        self.places, self.attention = (
+            nn.Embedding(T, 6),
+            nn.MultiheadAttention(6, 2, add_bias_kv=True, batch_first=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.make(self, x))).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "refused", "reason"),
+    [
+        (lambda m, x: m.a(x) * m.places(torch.arange(T)), "places.weight", "none of the dimensions of a tensor"),
+        (
+            lambda m, x: torch.add(m.a(x), m.places(torch.arange(T)), alpha=2.0),
+            "places.weight",
+            "none of the dimensions of a tensor",
+        ),
+        (lambda m, x: m.a(x) + m.places(torch.tensor([0])), "places.weight", "none of the dimensions of a tensor"),
+        (lambda m, x: F.linear(x, m.a.weight[:3]).repeat(1, 1, 2), "a.weight", "it is used in __getitem__"),
+        (lambda m, x: m.attention(*[m.a(x)] * 3)[0], "attention.bias_k", "it is used in repeat"),
+        (
+            lambda m, x: torch.cat([part @ x.mT for part in m.a.weight.chunk(2)], 1).mT,
+            "a.weight",
+            "none of the dim|no rule",
+        ),
+    ],
+)
+def test_what_has_no_rule_is_named(make: Callable[..., Tensor], refused: str, reason: str):
+    case = Case(lambda: Odd(make), F.cross_entropy, SEQUENCE, Y)
+    found = coverage(case.objective((N,)))
+    assert refused in found.refused
+    assert re.search(reason, found.refused[refused])
