@@ -28,7 +28,7 @@ class Row:
     stderr: float
     """Of `sum`; 0: nothing was sampled, NaN: unknown."""
     share: float
-    """Of `sum` in the trace; NaN where that is zero."""
+    """Of `sum` in the trace; NaN where that is zero, or not two standard errors from it."""
     mean: float
     largest: float
     """In absolute value."""
@@ -85,10 +85,11 @@ def rows(found: DiagonalEstimate, model: nn.Module) -> Rows:
 def _rows(
     found: DiagonalEstimate, names: Sequence[str], kinds: Sequence[str], runs: Sequence[Sequence[str]]
 ) -> tuple[Row, ...]:
-    trace = found.trace
+    trace, error = found.trace, 0.0 if found.sums is None else _joined(found, [len(found.values)])[0]
+    known = trace != 0.0 and not abs(trace) < FAR * error  # an error that is unknown says nothing
     errors = [0.0 if found.stderr is None else math.nan] * len(runs)
     if found.sums is not None:
-        errors = found.sums.merged([len(run) for run in runs]).stderr.tolist()
+        errors = _joined(found, [len(run) for run in runs])
     made: list[Row] = []
     for name, kind, run, stderr in zip(names, kinds, runs, errors, strict=True):
         values = [found.values[key] for key in run]
@@ -96,9 +97,14 @@ def _rows(
         largest = max((v.abs().max().item() for v in values if v.numel()), default=math.nan)
         below = sum(int((v < 0).sum()) for v in values)
         of = count or math.nan
-        share = total / trace if trace else math.nan
+        share = total / trace if known else math.nan
         made.append(Row(name, kind, count, total, stderr, share, total / of, largest, below / of))
     return tuple(made)
+
+
+def _joined(found: DiagonalEstimate, counts: Sequence[int]) -> list[float]:
+    """Standard errors of the sums over neighbouring parameters, so many at a time."""
+    return [] if found.sums is None else found.sums.merged(counts).stderr.tolist()
 
 
 def _entries(values: Mapping[str, Tensor], stderr: Mapping[str, Tensor] | None) -> Entries:

@@ -130,13 +130,22 @@ def choose(it: Estimation, target: Target) -> Chosen:
             given[key] = text
         else:
             arguments.append((key, text))
-    few = [name for name in DRAWS if name in own and own[name].default == "1" and name not in given]
+    inner = {key: text for key, text in given.items() if "." not in key and text in registry.names()}
+    more = {f"{key}.{name}": str(DRAWN) for key, text in inner.items() for name in _drawn_once(text)}
+    more |= {name: str(DRAWN) for name in _drawn_once(it.estimator)}
     return Chosen(
         it.estimator,
-        _made(it.estimator, given, dict.fromkeys(few, str(DRAWN))),
+        _made(it.estimator, given, more),
         tuple(arguments),
         ", ".join(map(str, own.values())) or "no options",
     )
+
+
+def _drawn_once(name: str) -> list[str]:
+    """Options of an estimator that say how often it draws, and that are once by default."""
+    from curvkit.estimators import registry
+
+    return [option.name for option in registry.describe(name).options if option.name in DRAWS and option.default == "1"]
 
 
 def _made(name: str, given: dict[str, str], more: dict[str, str]) -> DiagonalEstimator:
@@ -145,7 +154,7 @@ def _made(name: str, given: dict[str, str], more: dict[str, str]) -> DiagonalEst
     from curvkit.estimators import registry
 
     try:
-        return registry.build(name, {**given, **more})
+        return registry.build(name, {**more, **given})
     except InvalidArgument:
         return registry.build(name, given)
 

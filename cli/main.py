@@ -72,7 +72,7 @@ def curvkit() -> None:
     curvkit inspect demo-run/final.pt       what is in the file?
     curvkit sharpness demo-run/final.pt     how sharp is it?
     curvkit trace demo-run/final.pt         how much curvature in all, and in which layer?
-    curvkit diagonal demo-run/final.pt      how much in every single parameter? (curvkit estimators: by which method)
+    curvkit diagonal demo-run/final.pt      how much in every single parameter?
     curvkit compare demo-run/*.pt           which checkpoint is flatter, at equal loss?
     curvkit init my.pt                      write the function that a checkpoint of your own needs
 

@@ -45,6 +45,9 @@ MATRICES = {
     ),
 }
 """Name in an estimate -> what people call it, and what its diagonal is."""
+NOISY, MOST_NOISE, GOAL = 0.5, 0.8, 0.1
+"""Errors relative to entries above which there is a warning; the share of noise in the squares of the entries up to which it is known well
+enough to say how many samples would do; the errors that they would do for."""
 COLUMNS = ("parameters", "sum", "± s.e.", "share", "mean", "largest", "below 0")
 FEWER = ("sum", "± s.e.", "share", "mean", "largest")
 """What is left of them where all do not fit; the plain lines have them all."""
@@ -138,6 +141,7 @@ def remarks(found: Diagonal) -> list[tuple[str, str]]:
         ("estimator", it.estimator),
         ("errors", _errors(found)),
         ("entries", _entries(found)),
+        *_noise(found),
         ("definition", _definition(found)),
         *([("unit", f"{found.unit}; entries are in that per parameter squared")] if found.unit else []),
         *([("at", f"loss {found.loss:.6g}")] if found.loss is not None else []),
@@ -233,6 +237,21 @@ def _entries(found: Diagonal) -> str:
         if not found.rows.total.negative
         else f"{text}; {it.told_from_zero:.0%} lie more than {FAR:g} errors from zero"
     )
+
+
+def _noise(found: Diagonal) -> list[tuple[str, str]]:
+    """What is mostly noise, and how many samples would mend it."""
+    it, total, made = found.rows.entries, found.rows.total, list[tuple[str, str]]()
+    if math.isfinite(it.stderr) and it.stderr > NOISY * it.root_mean_square > 0.0:
+        noise = (it.stderr / it.root_mean_square) ** 2
+        text = "the entries one by one are mostly noise: read sums of them, or take more samples; four times as many halve the errors"
+        if noise < MOST_NOISE:
+            needed = found.estimate.samples * noise / (1 - noise) / GOAL**2
+            text += f", and about {float(f'{needed:.1g}'):,.0f} bring them to {GOAL:.0%} of the entries"
+        made.append(("noise", text))
+    if abs(total.sum) < FAR * total.stderr:
+        made.append(("share", f"of layers not known: the trace lies within {FAR:g} of its errors from zero"))
+    return made
 
 
 def _definition(found: Diagonal) -> str:

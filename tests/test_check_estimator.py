@@ -31,16 +31,23 @@ def ggn_diagonal(objective: Objective) -> dict[str, Tensor]:
             z, y = objective.outputs(index)
             terms = objective.terms_of(z, y)
             (g,) = torch.autograd.grad(terms.total, z, retain_graph=True)
-            p = z.detach().softmax(1)
-            s = (g / (p - F.one_hot(y, 3)))[0, 0]
-            units = torch.eye(z.numel(), dtype=z.dtype).view(-1, *z.shape)
-            for k, J in enumerate(torch.autograd.grad(z, objective.tensors, units, is_grads_batched=True)):
-                J, q = J.view(*z.shape, -1), p[..., None]  # [N, C, n], [N, C, 1]
-                total[k] = total[k] + s * (q * (J - (q * J).sum(1, keepdim=True)).square()).sum((0, 1))
+            s = (g / (z.detach().softmax(1) - F.one_hot(y, 3)))[0, 0]
+            total = [t + s * d for t, d in zip(total, jacobian_diagonals(z, list(objective.tensors)), strict=True)]
             weights.append(terms.weight)
     scale = objective.denominator(weights)
     named = zip(objective.parameters.entries, total, strict=True)
     return {entry.name: value.view(entry.shape) / scale for entry, value in named}
+
+
+def jacobian_diagonals(z: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """sum_n sum_c p_nc (J_nc - sum_k p_nk J_nk)^2 of each parameter, flat; the graph stays."""
+    q = z.detach().softmax(1)[..., None]  # [N, C, 1]
+    units = torch.eye(z.numel(), dtype=z.dtype).view(-1, *z.shape)
+    found: list[Tensor] = []
+    for J in torch.autograd.grad(z, parameters, units, retain_graph=True, is_grads_batched=True):
+        J = J.view(*z.shape, -1)  # [N, C, n]
+        found.append((q * (J - (q * J).sum(1, keepdim=True)).square()).sum((0, 1)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,12 @@ class Noisy:
     matrix: ClassVar[str] = "ggn"
 
     def estimate(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
-        seed = seeds.settle(seed)
+        return self.noisy(ggn_diagonal(objective.raised()), seeds.settle(seed))
+
+    def noisy(self, exact: dict[str, Tensor], seed: int) -> DiagonalEstimate:
         values = {
             name: value + self.size * normal_like(value, seed, name, index)
-            for index, (name, value) in enumerate(ggn_diagonal(objective.raised()).items())
+            for index, (name, value) in enumerate(exact.items())
         }
         stderr = {name: torch.full_like(value, self.size) for name, value in values.items()}
         return DiagonalEstimate(values, stderr, self.matrix, repr(self), Cost(4.0, 0.1), samples=9, seed=seed)
@@ -341,3 +350,120 @@ def test_a_mess_after_an_error_is_found():
     untidy = dataclass(frozen=True)(type("Untidy", (Noisy,), {"estimate": estimate}))()
     with pytest.raises(InvalidArgument, match="an estimate whose forward pass raised changed: the mode of 'the model'"):
         check_estimator(untidy)
+
+
+# ---- on a step of training ------------------------------------------------------------------------------------------
+
+
+class Watching:
+    """A context around a forward pass, which may do something to it."""
+
+    def __init__(self, model: torch.nn.Module, hook: Callable[..., Any] | None = None, *, tidy: bool = True) -> None:
+        self.model, self.hook, self.tidy = model, hook, tidy
+
+    def __enter__(self) -> None:
+        self.handle = self.model.register_forward_hook(self.hook or (lambda *_: None))
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if self.tidy or kind is None:
+            self.handle.remove()
+
+
+@dataclass(frozen=True)
+class Training(Noisy):
+    """The sound estimator on a step of training."""
+
+    def recording(self, model: torch.nn.Module, *, parameters: Any = None) -> Watching:
+        return Watching(model)
+
+    def from_recording(
+        self, recording: Watching, outputs: Tensor, targets: Any = None, *, loss: Any = None, seed: int | None = None
+    ) -> DiagonalEstimate:
+        named = dict(recording.model.named_parameters())
+        diagonals = jacobian_diagonals(outputs, list(named.values()))
+        exact = {k: d.view_as(p) / len(outputs) for (k, p), d in zip(named.items(), diagonals, strict=True)}
+        return self.noisy(exact, seeds.settle(seed))
+
+
+def step(**methods: Any) -> Training:
+    return dataclass(frozen=True)(type("Spoiled", (Training,), methods))()
+
+
+def recorded(hook: Callable[..., Any] | None = None, *, tidy: bool = True) -> Training:
+    return step(recording=lambda self, model, parameters=None: Watching(model, hook, tidy=tidy))
+
+
+def after(spoil: Callable[[DiagonalEstimate, Watching, Tensor], DiagonalEstimate]) -> Training:
+    def from_recording(self: Training, recording: Watching, outputs: Tensor, *rest: Any, **options: Any) -> Any:
+        return spoil(Training.from_recording(self, recording, outputs, *rest, **options), recording, outputs)
+
+    return step(from_recording=from_recording)
+
+
+def consumed(found: DiagonalEstimate, recording: Watching, outputs: Tensor) -> DiagonalEstimate:
+    torch.autograd.grad(outputs.sum(), next(recording.model.parameters()))
+    return found
+
+
+def grads(found: DiagonalEstimate, recording: Watching, outputs: Tensor) -> DiagonalEstimate:
+    write_grad(recording.model)
+    return found
+
+
+def unrepeatable() -> Training:
+    calls: list[int] = []
+
+    def spoil(found: DiagonalEstimate, recording: Watching, outputs: Tensor) -> DiagonalEstimate:
+        calls.append(1)
+        return scaled(found, 1.0 + 1e-9 * len(calls))
+
+    return after(spoil)
+
+
+def steeper(module: Any, inputs: Any, z: Tensor) -> Tensor:
+    return z.detach() + 2.0 * (z - z.detach())
+
+
+TRAINING: dict[str, tuple[Callable[[], Training], str]] = {
+    "another mean": (lambda: after(lambda f, *_: scaled(f, 1.5)), "'training gives the same' .*from a recorded step "),
+    "a name is missing": (
+        lambda: after(lambda f, *_: replace(f, values=dict(list(f.values.items())[1:]))),
+        "'values by name' does not hold",
+    ),
+    "not repeatable": (unrepeatable, "two recorded steps with seed=0 differ"),
+    "other outputs": (lambda: recorded(lambda m, i, z: 2.0 * z), "'training goes on' .* the outputs of the recorded"),
+    "other gradients": (lambda: recorded(steeper), "the gradient of 'linear0.weight' after the estimate is another"),
+    "no graph": (lambda: after(consumed), "the backward pass after the estimate raised RuntimeError"),
+    ".grad": (lambda: after(grads), "a recorded step of training changed: .grad of 'linear0.weight'"),
+    "a hook that stays": (
+        lambda: recorded(tidy=False),
+        "a recorded step whose forward pass raised changed: hooks of 'the",
+    ),
+}
+
+
+def test_a_sound_estimator_passes_in_training_and_may_refuse_it():
+    def refuse(self: Training, *rest: Any, **options: Any) -> Any:
+        raise InvalidArgument("not with these options")
+
+    check_estimator(Training())
+    check_estimator(step(from_recording=refuse))
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_fault_in_training_is_found(name: str):
+    make, message = TRAINING[name]
+    with pytest.raises(InvalidArgument, match=f"check_estimator: .*{message}"):
+        check_estimator(make())
+
+
+@pytest.mark.parametrize("stderr", [0.0, float("nan")])
+def test_an_estimator_that_is_exact_here_may_ignore_its_seed(stderr: float):
+    """Its standard errors are 0, or unknown where the truth decides."""
+
+    def estimate(self: Noisy, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
+        found = self.noisy(ggn_diagonal(objective.raised()), seeds.settle(seed))
+        errors = {name: torch.full_like(value, stderr) for name, value in found.values.items()}
+        return replace(found, stderr=errors)
+
+    check_estimator(dataclass(frozen=True)(type("Lucky", (Noisy,), {"estimate": estimate}))(size=0.0))

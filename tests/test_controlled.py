@@ -329,7 +329,7 @@ def test_what_is_expected():
     expected = Controlled(Hutchinson(7)).expected(objective)
     parts = Exact("ggn").expected(objective), Hutchinson(7).expected(objective)
     assert expected.gradients == sum(part.gradients for part in parts)
-    assert expected.copies == max(part.copies for part in parts) + 2
+    assert expected.copies == max(part.copies for part in parts) + 3
 
     class Silent:
         matrix = "ggn"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from curvkit_cli import advice, estimating, foreseen, render_diagonal, render_estimators, waiting
+from curvkit_cli import advice, diagonal_rows, estimating, foreseen, render_diagonal, render_estimators, waiting
 from curvkit_cli.documentation import documentation
 from curvkit_cli.estimation import Chosen
 from curvkit_cli.main import run
@@ -33,7 +33,8 @@ from curvkit.checkpoints import diagonal_files, digest
 from curvkit.estimators import ExampleHutchinson, Fisher, registry
 from curvkit.models import MLP
 from curvkit.objectives import Objective
-from curvkit.results.diagonal_estimate import DiagonalEstimate
+from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate
+from curvkit.results.trace_estimate import TraceParts
 
 CHECKPOINT = "recipe.pt"
 """Of the network `model`, on `examples()` in batches of 10, 10 and 4."""
@@ -204,6 +205,43 @@ def test_one_sample_has_no_error(diagonal: Typed):
     assert json.loads(out)["result"]["trace"]["stderr"] is None
 
 
+def drawn(samples: torch.Tensor, values: torch.Tensor, stderr: torch.Tensor) -> render_diagonal.Diagonal:
+    """An estimate of one layer from samples of its sum."""
+    parts, cost = TraceParts((values.numel(),), torch.zeros(1).double(), samples.double()), Cost(1.0, 0.1)
+    it = DiagonalEstimate({"weight": values}, {"weight": stderr}, "hessian", "Mine()", cost, len(samples), 0, parts)
+    rows = diagonal_rows.rows(it, torch.nn.Linear(2, 1, bias=False))
+    return render_diagonal.Diagonal(it, rows, None, None, None, None, False, ())
+
+
+def test_noise_is_called_noise():
+    """(0.08 / 0.1)^2 of the squares are noise: 8 * 0.64 / 0.36 / 0.1^2 = 1422 samples for errors of a tenth."""
+    found = drawn(torch.tensor([[0.9], [1.1]] * 4), torch.tensor([[0.1, -0.1]]), torch.tensor([[0.08, 0.08]]))
+    told = dict(render_diagonal.remarks(found))
+    assert (
+        told["entries"]
+        == "root mean square 0.1, of their standard errors 0.08 (80%); 0% lie more than 2 errors from zero"
+    )
+    assert told["noise"].endswith(
+        "four times as many halve the errors, and about 1,000 bring them to 10% of the entries"
+    )
+    beyond = drawn(torch.tensor([[0.9], [1.1]] * 4), torch.tensor([[0.1, -0.1]]), torch.tensor([[0.12, 0.12]]))
+    assert dict(render_diagonal.remarks(beyond))["noise"].endswith("four times as many halve the errors")
+    clear = drawn(torch.tensor([[0.9], [1.1]] * 4), torch.tensor([[0.1, -0.1]]), torch.tensor([[0.04, 0.04]]))
+    assert "noise" not in dict(render_diagonal.remarks(clear))
+
+
+def test_shares_of_a_trace_that_is_not_known_are_not_shown():
+    found = drawn(torch.tensor([[3.0], [-2.8]]), torch.tensor([[0.05, 0.05]]), torch.tensor([[0.01, 0.01]]))
+    assert math.isnan(found.rows.layers[0].share)
+    assert dict(render_diagonal.remarks(found))["share"] == (
+        "of layers not known: the trace lies within 2 of its errors from zero"
+    )
+    assert found.to_dict()["layers"][0]["share"] is None
+    assert "total\t\t2\t" in render_diagonal.plain(found, "title", "layer")
+    clear = drawn(torch.tensor([[0.09], [0.11]]), torch.tensor([[0.05, 0.05]]), torch.tensor([[0.01, 0.01]]))
+    assert clear.rows.layers[0].share == pytest.approx(1.0)
+
+
 def test_estimators_inside_of_estimators(diagonal: Typed):
     code, out, _ = diagonal(
         "-e", "deflated", "--set", "inner=hutchinson", "--set", "inner.num_probes=3", "--set", "rank=2"
@@ -211,6 +249,13 @@ def test_estimators_inside_of_estimators(diagonal: Typed):
     assert code == 0
     assert table(out)["estimator"] == ["Deflated(inner=Hutchinson(num_probes=3), rank=2)"]
     assert table(out)["errors"][0].startswith("one standard error each, from 3 samples, each known to some 50% itself")
+
+
+def test_estimators_inside_draw_more_than_once_too(diagonal: Typed):
+    for typed, drawn in ((), 8), (("--set", "inner.num_probes=2"), 2):
+        code, out, _ = diagonal("-e", "controlled", "--set", "inner=example-hutchinson", *typed, "--plan")
+        assert code == 0
+        assert f"inner=ExampleHutchinson(num_probes={drawn})" in table(out)["estimator"][0]
 
 
 def test_the_second_moment_of_the_checkpoint_s_optimizer(typed: Typed):

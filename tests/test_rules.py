@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from curvkit.estimators import ExampleHutchinson
 from curvkit.estimators.coverage import coverage
-from curvkit.estimators.recording import Recording, grouped, summed_squares
+from curvkit.estimators.forms import CACHE_BYTES, Signs, summed_in_chunks
+from curvkit.estimators.recording import Recording
+from curvkit.estimators.uses import grouped, summed_squares
 
 N, T = 4, 5
 Y = classes(N, num=3, seed=2)
@@ -198,6 +200,72 @@ def test_a_recorded_pass_is_the_pass(name: str):
         found = torch.autograd.grad(z.square().sum(), list(model.parameters()), materialize_grads=True)
         made.append([bits(z), *(bits(g) for g in found)])
     assert made[0] == made[1]
+
+
+CONVOLUTIONS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "strides": (lambda: nn.Conv2d(4, 6, 3, 2, 1), (4, 9, 8)),
+    "dilation, uneven kernel": (lambda: nn.Conv2d(4, 6, (3, 2), 1, (0, 1), (2, 1)), (4, 9, 8)),
+    "groups": (lambda: nn.Conv2d(4, 8, 3, 1, 1, groups=2), (4, 7, 6)),
+    "channel by channel": (lambda: nn.Conv2d(6, 6, 3, 2, groups=6), (6, 8, 8)),
+    "one pixel": (lambda: nn.Conv2d(4, 4, 1), (4, 3, 3)),
+    "same": (lambda: nn.Conv2d(4, 6, 3, padding="same"), (4, 6, 6)),
+    "a row": (lambda: nn.Conv1d(4, 6, 3, 2, 1), (4, 11)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name: str, dtype: torch.dtype):
+    """Rung 2: gradients, squares, and what signs give, against convolutions with the weights of each example alone."""
+    make, shape = CONVOLUTIONS[name]
+    with seeded(1):
+        layer = make().to(dtype)
+    x = torch.tanh(normal(N, *shape, dtype=dtype).requires_grad_())
+    with Recording({"w": layer.weight}, N) as recording:
+        z = layer(x)
+    (form,) = recording.uses[0].forms
+    g, g_dot, x_dot = (normal(*it.shape, seed=seed, dtype=dtype) for seed, it in ((1, z), (2, z), (3, x)))
+    a, b = normal(N, len(layer.weight), seed=4, dtype=dtype), normal(N, layer.weight[0].numel(), seed=5, dtype=dtype)
+    V, signs = (a[:, :, None] * b[:, None]).view(N, *layer.weight.shape), Signs(a, b)
+
+    def alone(g: Tensor, x: Tensor) -> Tensor:
+        w = layer.weight.detach().requires_grad_()
+        z = [layer._conv_forward(x[n : n + 1], w, None) for n in range(N)]
+        return torch.stack([torch.autograd.grad(z[n], w, g[n : n + 1])[0] for n in range(N)])
+
+    truth, tolerance = alone(g, x.detach()), 200 * torch.finfo(dtype).eps  # sums of up to 100 products
+    moved = torch.cat([layer._conv_forward(x[n : n + 1], V[n], None) for n in range(N)])
+    for found, wanted in (
+        (form.gradients(g, slice(1, 3)), truth[1:3]),
+        (form.squares(g), truth.square().sum(0)),
+        (form.probe(signs), moved),
+        (form.pulled(signs, g), torch.autograd.grad(moved, x, g, retain_graph=True)[0]),
+        (form.collected(signs, g, g_dot, x_dot), (V * (alone(g_dot, x.detach()) + alone(g, x_dot))).sum(0)),
+    ):
+        assert found is not None
+        assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def test_less_at_a_time_when_memory_runs_out():
+    x, sizes = torch.arange(20.0), list[int]()
+
+    def part(piece: slice) -> Tensor:
+        sizes.append(len(x[piece]))
+        if sizes[-1] > 3:
+            raise MemoryError
+        return x[piece].sum()
+
+    assert summed_in_chunks(20, CACHE_BYTES // 12, x.device, part) == x.sum()
+    assert sizes[:3] == [12, 6, 3]
+    assert set(sizes[2:]) == {3, 2}
+
+    def never(piece: slice) -> Tensor:
+        raise MemoryError("no memory at all")
+
+    with pytest.raises(MemoryError, match="no memory at all"):
+        summed_in_chunks(20, 1, x.device, never)
+    with pytest.raises(RuntimeError, match="another matter"):
+        summed_in_chunks(20, 1, x.device, lambda piece: (_ for _ in ()).throw(RuntimeError("another matter")))
 
 
 class Odd(nn.Module):

@@ -29,7 +29,7 @@ from ..target import Target, target
 @saving
 @click.pass_context
 def diagonal(ctx: click.Context, target: Target, by: str, data: Data, estimation: Estimation, saving: Saving) -> int:
-    """Diagonal of a curvature matrix at a CHECKPOINT, with its errors.
+    """Diagonal of a curvature matrix at a CHECKPOINT, with errors.
 
     A checkpoint is a file of torch.save or safetensors, or a directory of Hugging Face, PEFT or torch.distributed. Language models of
     Hugging Face and nanoGPT need --data alone, files of curvkit.save with a recipe nothing; for others `curvkit init` writes a function to

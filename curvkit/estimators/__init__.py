@@ -10,7 +10,7 @@ from curvkit.estimators.fisher import Fisher
 from curvkit.estimators.hutchinson import Hutchinson
 from curvkit.estimators.lanczos_diagonal import Lanczos
 from curvkit.estimators.optimizer_state_diagonal import OptimizerState
-from curvkit.estimators.protocol import DiagonalEstimator
+from curvkit.estimators.protocol import DiagonalEstimator, TrainingEstimator
 from curvkit.estimators.squared_gradient import SquaredGradient
 from curvkit.estimators.xdiag_diagonal import XDiag
 
@@ -27,5 +27,6 @@ __all__ = [
     "Lanczos",
     "OptimizerState",
     "SquaredGradient",
+    "TrainingEstimator",
     "XDiag",
 ]

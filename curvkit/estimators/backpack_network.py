@@ -40,6 +40,7 @@ class Call:
 
     path: str
     module: nn.Module
+    input: int
     output: int
     """Entries per example."""
     positions: int
@@ -134,7 +135,8 @@ class _Walk:
             kept = output[0] if isinstance(output, tuple) else output
             if isinstance(kept, Tensor):
                 features = _features(module, kept)
-                self.calls.append(Call(path, module, kept.numel(), kept.numel() // max(features, 1)))
+                given = sum(x.numel() for x in inputs if isinstance(x, Tensor))
+                self.calls.append(Call(path, module, given, kept.numel(), kept.numel() // max(features, 1)))
 
         return note
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from curvkit.errors import CurvkitError, UnsupportedModel, ran_out_of_memory
 from curvkit.estimators.backpack_library import SAVED, Extension, Library
 from curvkit.estimators.backpack_losses import INSTEAD, loss_module
-from curvkit.estimators.backpack_network import Network, refuse_failure
+from curvkit.estimators.backpack_network import Call, Network, refuse_failure
 from curvkit.estimators.likelihoods import Draw, draw_cotangent
 from curvkit.losses.batches import inputs_and_targets, rows
 from curvkit.objectives import Objective
@@ -22,8 +22,15 @@ from curvkit.operators.memory import release
 
 CHUNK_BYTES = 256 << 20
 """Batches are cut into runs of rows whose columns take no more."""
-TEMPORARIES = 3.0
-"""Tensors of the size of all columns at the widest place, at the same time: before and after a module, and a square."""
+TEMPORARIES = 4.5
+"""Tensors of the size of all columns at the widest place, at the same time: before and after a module, a square, and factors of the loss."""
+BESIDE = 8 << 20
+"""Bytes beside the columns: what torch's allocator and oneDNN keep."""
+BLOCK = 16
+"""Channels of a convolution, which oneDNN lays out in blocks of so many."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+"""Their rules are convolutions of one channel."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Passes:
     @property
     def row_bytes(self) -> int:
         """Memory that the columns of one example take."""
-        cells = max((_cells(call.module, call.output, call.positions) for call in self.network.calls), default=1)
+        cells = max((_cells(call) for call in self.network.calls), default=1)
         return math.ceil(TEMPORARIES * self.columns * cells * self.network.objective.dtype.itemsize)
 
     @property
@@ -74,7 +81,7 @@ class Passes:
         """Memory of the columns of one run of rows, and of the graph of its gradient."""
         size = math.ceil(self._largest / self.parts)
         activations = 2 * sum(call.output for call in self.network.calls) * self.network.objective.dtype.itemsize
-        return size * (self.row_bytes + activations)
+        return size * (self.row_bytes + activations) + BESIDE
 
     def complete(self, sampling: tuple[int, int] | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """Pass over all the data; where memory runs out, over shorter runs of rows.
@@ -181,9 +188,18 @@ class Passes:
         )
 
 
-def _cells(module: nn.Module, output: int, positions: int) -> int:
+def _cells(call: Call) -> int:
     """Numbers per column and example: its activations, and the gradient of weights that positions share."""
-    weights = sum(p.numel() for p in module.parameters()) if positions > 1 else 0
+    module, weights = call.module, sum(p.numel() for p in call.module.parameters()) if call.positions > 1 else 0
+    if isinstance(module, AVERAGES):
+        return BLOCK * max(call.input, call.output)
+    if isinstance(module, CONVOLUTIONS):
+        blocked = _blocked(call.input, module.in_channels), _blocked(call.output, module.out_channels)
+        return max(*blocked, weights)
     if isinstance(module, nn.Linear) and not torch.backends.opt_einsum.is_available():
-        weights *= positions
-    return max(output, weights)
+        weights *= call.positions
+    return max(call.input, call.output, weights)
+
+
+def _blocked(entries: int, channels: int) -> int:
+    return entries // channels * math.ceil(channels / BLOCK) * BLOCK

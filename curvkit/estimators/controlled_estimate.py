@@ -25,6 +25,8 @@ from curvkit.results.trace_estimate import TraceParts
 
 CONTROLS = ("ggn", "fisher")
 """Matrices that may be the control; the Fisher is the GGN for the losses that are likelihoods."""
+BESIDE = 3
+"""Copies of the parameters beside what both estimators hold: G, the sum, and a temporary."""
 ADDS_UP = 1e-4
 """Sums of the probabilities of all classes may differ from one by so much; rounding in float32 makes 1e-7."""
 
@@ -116,7 +118,7 @@ class Controlled:
             G.cost.gradients + R.cost.gradients,
             time.perf_counter() - began,
             G.cost.products + R.cost.products,
-            max(peaks) + _size(G.values) if len(peaks) == 2 else None,
+            max(peaks) + BESIDE * _size(G.values) if len(peaks) == 2 else None,
         )
         notes = (*(f"GGN: {note}" for note in G.notes), *(f"H - G: {note}" for note in R.notes))
         samples = R.samples if G.stderr is None else min(R.samples, G.samples)
@@ -145,7 +147,7 @@ class Controlled:
                 )
             parts.append(part.expected(objective))
         G, R = parts
-        return Expected(G.gradients + R.gradients, max(G.copies, R.copies) + 2, max(G.held_bytes, R.held_bytes))
+        return Expected(G.gradients + R.gradients, max(G.copies, R.copies) + BESIDE, max(G.held_bytes, R.held_bytes))
 
     def _refuse_another_matrix(self, objective: Objective) -> None:
         """The Fisher is the GGN only for a likelihood, with probabilities of classes that add up to one."""

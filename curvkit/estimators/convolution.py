@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
-from curvkit.estimators.forms import Matrix, Signs, summed_in_chunks
+from curvkit.estimators.forms import Signs, summed_in_chunks
+from curvkit.estimators.matrices import Matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,20 +122,18 @@ class Convolution(Matrix):
         return [(rows, columns) for rows in runs[0] for columns in runs[1]]
 
     def _written_out(self, g: Tensor, x: Tensor) -> Tensor:
-        """The gradients of some examples, [n, C, o, i, height, width].
-
-        On the CPU in single precision, examples are the groups of one convolution's gradient, which is as fast as that of a batch.
-        """
+        """The gradients of some examples as [n, C, o, i, height, width]; examples are groups of one call where that is fast."""
         n, (C, o, i, *kernel) = len(g), self._whole()
         if n and g.device.type == "cpu" and g.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             images, shape = self._padded(x), (n * C * o, i, *kernel)
-            made = torch.nn.grad.conv2d_weight(
+            steps: tuple[Any, Any] = self._window.stride, self._window.dilation
+            made = conv2d_weight(
                 images.reshape(1, n * C * i, *images.shape[2:]),
                 shape,
                 (g.unsqueeze(2) if g.ndim == 3 else g).reshape(1, n * C * o, -1, g.shape[-1]),
-                self._window.stride,
+                steps[0],
                 0,
-                self._window.dilation,
+                steps[1],
                 n * C,
             )
             return made.view(n, C, o, i, *kernel)

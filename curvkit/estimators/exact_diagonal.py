@@ -130,7 +130,9 @@ class Exact:
         chosen = choose_way(objective, self.matrix, self.way)
         if chosen.way == "structure":
             refuse_costly(objective, self.matrix, chosen, self.max_gradients)
-            refuse_too_large("Exact", objective, chosen.expected, instead=INSTEAD)
+            refuse_too_large(
+                "Exact", objective, replace(chosen.expected, held_bytes=0), instead=INSTEAD
+            )  # pieces are halved
             try:
                 yield from self._by_structure(objective, chosen.expected, began)
                 return
@@ -140,7 +142,10 @@ class Exact:
                 why = str(error)
             chosen = replace(choose_way(objective, self.matrix, "products"), why=why)
         refuse_costly(objective, self.matrix, chosen, self.max_gradients)
-        refuse_too_large("Exact", objective, chosen.expected, instead=INSTEAD)
+        vectors = replace(
+            chosen.expected, held_bytes=0
+        )  # graphs are the operator's, which streams them where memory runs out
+        refuse_too_large("Exact", objective, vectors, instead=INSTEAD)
         yield from self._by_products(objective, chosen, began)
 
     def expected(self, objective: Objective) -> Expected:

@@ -27,8 +27,8 @@ COPIES = 4
 """Of the parameters, by structure: the sum, what a piece adds, and temporaries of both."""
 PIECE_BYTES = 256 << 20
 """For the graph of the examples that are taken together, by structure."""
-PASSES = 3
-"""Of that graph, at the peak: with gradients and squares in the shape of activations."""
+PASSES = 7
+"""Times that graph, at the peak: with gradients and squares in the shape of activations, at most, as where one wide layer is all."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
 from curvkit.estimators.coverage import coverage, refuse_not_finite, refuse_uncovered
-from curvkit.estimators.expected import Expected, refuse_too_large
+from curvkit.estimators.expected import Expected, held_bytes, refuse_too_large
 from curvkit.estimators.probing import Probing
 from curvkit.estimators.recording import Recording
 from curvkit.estimators.training import denominator_of, loss_of, refuse_unfit, twice_differentiable
@@ -22,8 +22,8 @@ from curvkit.objectives import Objective
 from curvkit.operators.output_graph import refuse_other_ways
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate, DiagonalSamples
 
-PER_PROBE, CHECKS = 3.5, 1.0
-"""Gradients of the data that a probe, and the checks before, are counted as; no clock is behind it."""
+CHECKS, SETUP, PER_PROBE = 0.5, 1.0, 2.5
+"""Gradients of the data that the checks, the pass with its graph, and the signs are counted as; no clock is behind it."""
 VECTORS = 6
 """Of the length of the parameters: mean, sum of squares, one sample, and temporaries."""
 INSTEAD = "Use Fisher, which needs no second derivatives, or give the data in smaller batches"
@@ -40,15 +40,20 @@ class ExampleHutchinson:
     share one sign vector over all examples, as in Hutchinson's probe, and are named in the notes. The gain is in the number of examples:
     with a few long sequences it is at most about their number.
 
+    Parameters that are used once, each entry with one entry of the output z of its layer per example (dense layers on vectors), need
+    no signs of their own: signs u_n at z, with x^2 exact, leave less noise.
+
+        d_W = (1 / W) sum_n (u_n * (H_zz,n u_n)) (x_n^2)',    u_n in {-1, +1}
+
     Args:
         num_probes: m; the standard error is known from two on.
 
     Accuracy: Var d_j = sum_n sum_(k != j) (H_n)_jk^2 / (m W^2), about. Where examples have much in common, as in trained networks, this is
         1 / N of Hutchinson's; where their H_n are unrelated, so that they cancel in H anyway, nothing is gained.
     Source: ours; signs per example at the outputs of layers are in Martens, Sutskever & Swersky (2012), "Estimating the Hessian by
-        back-propagating curvature". Differs: signs at the parameters, so that sharing over positions and tied weights are exact.
-    Cost: per probe a forward pass and two backward passes through the probed model, counted as 3.5 gradients; memory of a Hessian product
-        with its graph.
+        back-propagating curvature". Differs: signs at the parameters where they are shared over positions or tied, so that it is exact.
+    Cost: a forward pass and a backward pass with their graph, for one batch once, counted as 1 gradient; per probe a pass back through
+        both and two gradients of the parameters, counted as 2.5. Memory of a Hessian product with its graph.
 
     Example:
         >>> import torch, torch.nn.functional as F
@@ -166,7 +171,8 @@ class ExampleHutchinson:
             probing = Probing(recording, terms.total)
             for probe in range(self.num_probes):
                 drawn.add(_filled(recording.parameters, probing.sample(seed=seed, index=probe), scale))
-        return self._made(drawn, seed, began, ())
+        spent = SETUP + PER_PROBE * self.num_probes, time.perf_counter() - began
+        return self._made(drawn, seed, Cost(*spent, self.num_probes), {})
 
     def expected(self, objective: Objective) -> Expected:
         """Count work and memory.
@@ -176,8 +182,16 @@ class ExampleHutchinson:
 
         Returns:
             Both: the pass whose graph is kept, and signs and gradients beside it.
+
+        Raises:
+            CurvkitError: If memory runs out with one row, or with a batch that cannot be cut.
+
+        Cost: about a gradient of a sixteenth of the first batch.
         """
-        return Expected(CHECKS + PER_PROBE * self.num_probes, VECTORS)
+        it = objective.raised()
+        setups = 1 if len(it.batches) == 1 else self.num_probes
+        gradients = CHECKS + SETUP * setups + PER_PROBE * self.num_probes
+        return Expected(gradients, VECTORS, held_bytes(it, second=True))
 
     def _estimated(
         self, objective: Objective, seed: int | None, total: Callable[[Objective, Tensor, Any], tuple[Tensor, float]]
@@ -200,12 +214,13 @@ class ExampleHutchinson:
                 weights.append(weight)
                 sums |= {name: sums[name] + part if name in sums else part for name, part in found.items()}
             drawn.add(_filled(parameters, sums, objective.denominator(weights)))
-        return self._made(drawn, seed, began, _shared(covered.refused), expected.peak_bytes(objective))
+        spent = expected.gradients, time.perf_counter() - began
+        return self._made(drawn, seed, Cost(*spent, self.num_probes, expected.peak_bytes(objective)), covered.refused)
 
-    def _made(
-        self, drawn: DiagonalSamples, seed: int, began: float, notes: tuple[str, ...], peak: int | None = None
-    ) -> DiagonalEstimate:
-        cost = Cost(PER_PROBE * self.num_probes, time.perf_counter() - began, self.num_probes, peak)
+    def _made(self, drawn: DiagonalSamples, seed: int, cost: Cost, refused: Mapping[str, str]) -> DiagonalEstimate:
+        notes = tuple(
+            f"{n} has no rule ({reason}): its signs are shared by all examples" for n, reason in refused.items()
+        )
         return DiagonalEstimate(
             drawn.mean, drawn.stderr, self.matrix, repr(self), cost, drawn.size, seed, drawn.sums, notes
         )
@@ -250,9 +265,3 @@ def _filled(parameters: Mapping[str, Tensor], found: Mapping[str, Tensor], scale
     }
     refuse_not_finite("ExampleHutchinson", sample)
     return sample
-
-
-def _shared(refused: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(
-        f"{name} has no rule ({reason}): its signs are shared by all examples" for name, reason in refused.items()
-    )

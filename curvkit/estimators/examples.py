@@ -12,8 +12,9 @@ from torch import Tensor
 from curvkit.estimators.coverage import Coverage, coverage, refuse_not_finite, refuse_uncovered
 from curvkit.estimators.mapped_examples import mapped_squares
 from curvkit.estimators.pooled_squares import PooledSquares
-from curvkit.estimators.recording import Recording, grouped
+from curvkit.estimators.recording import Recording
 from curvkit.estimators.scrutiny import pull
+from curvkit.estimators.uses import grouped
 from curvkit.losses.batches import rows
 from curvkit.objectives import Objective
 
@@ -26,7 +27,7 @@ class ExampleSquares:
     """Q = sum_b sum_n sum_c (J_n' s_nc)^2 over all examples n, entry by entry, s_c given for each batch.
 
     Gradients of single examples are never written out for layers whose examples have one position; others are, in chunks. Parameters
-    without a rule are treated example by example.
+    without a rule are treated by vmap.
 
     Args:
         objective: The function.
@@ -63,7 +64,7 @@ class ExampleSquares:
             Q and the weight of one batch after the other.
 
         Raises:
-            UnsupportedModel: If a batch takes another path than the first of its shape.
+            UnsupportedModel: If a batch takes another path than the first of its shape, or vmap cannot treat the model.
             CurvkitError: If a gradient is not finite.
 
         Cost: per cotangent about one gradient.
@@ -85,7 +86,8 @@ class ExampleSquares:
         for s in cotangents(index, outputs, targets):
             for name, uses in grouped(recording.uses, pull(outputs, recording, s)).items():
                 pooled.add(name, uses)
-            for name, value in mapped_squares(objective, batch, s, self.coverage.refused).items():
+            mapped = mapped_squares(objective, batch, s, self.coverage.refused, refuse_as=self.estimator)
+            for name, value in mapped.items():
                 others[name] = others[name].add_(value) if name in others else value
         found = {**others, **pooled.totals()}
         return {n: found[n] if n in found else torch.zeros_like(p) for n, p in own.items()}, weight

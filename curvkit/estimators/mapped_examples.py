@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
-from curvkit.errors import ran_out_of_memory
+from curvkit.errors import UnsupportedModel, ran_out_of_memory
 from curvkit.estimators.forms import CHUNK_BYTES
 from curvkit.losses.batches import Batch, map_tensors, tensors
 from curvkit.objectives import Objective
 
 
-def mapped_squares(objective: Objective, batch: Batch, s: Tensor, refused: Mapping[str, str]) -> dict[str, Tensor]:
+def mapped_squares(
+    objective: Objective, batch: Batch, s: Tensor, refused: Mapping[str, str], *, refuse_as: str | None = None
+) -> dict[str, Tensor]:
     """Add up squares of gradients of single examples for some parameters.
 
     Args:
@@ -24,11 +26,13 @@ def mapped_squares(objective: Objective, batch: Batch, s: Tensor, refused: Mappi
         batch: Rows are examples.
         s: Cotangent of the outputs, [N, ...].
         refused: The parameters, with the reason why they have no rule.
+        refuse_as: Estimator in whose name what vmap cannot treat is refused; None: each example is run alone then.
 
     Returns:
         sum_n (J_n' s_n)^2 by name.
 
     Raises:
+        UnsupportedModel: If vmap cannot treat the model; naming the first parameter.
         RuntimeError: What the model raises on one example, and for lack of memory.
 
     Cost: about a gradient of the data, and memory of the gradients of some examples, 64 MiB at a time. Where vmap cannot treat the model
@@ -64,7 +68,13 @@ def mapped_squares(objective: Objective, batch: Batch, s: Tensor, refused: Mappi
         except Exception as error:  # whatever the model does under vmap
             if ran_out_of_memory(error):
                 raise
-            return _one_by_one(objective, batch, s, refused)
+            if refuse_as is None:
+                return _one_by_one(objective, batch, s, refused)
+            name, reason = next(iter(refused)), str(error).strip().partition("\n")[0][:200]
+            raise UnsupportedModel(
+                f"{refuse_as}: the parameter {name} has no rule ({refused[name]}), and torch.func.vmap cannot treat the "
+                f"model one example at a time ({type(error).__name__}: {reason}). Leave the parameter out by patterns, or use Hutchinson."
+            ) from error
         for name, value in part.items():
             total[name] += value.sum(0)
     return total

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from curvkit.estimators.forms import Form, Lookup, Matrix
-from curvkit.estimators.recording import summed_squares
+from curvkit.estimators.forms import Form
+from curvkit.estimators.lookups import Lookup
+from curvkit.estimators.matrices import Matrix
+from curvkit.estimators.uses import summed_squares
 
 
 class PooledSquares:

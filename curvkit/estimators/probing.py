@@ -11,7 +11,8 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.estimators.forms import Form, Signs
-from curvkit.estimators.recording import Recording, Use
+from curvkit.estimators.recording import Recording
+from curvkit.estimators.uses import Use
 
 OUTPUTS = 9
 """Number of the signs at outputs, beside those of the factors of a matrix."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from curvkit.results.trace_estimate import TraceParts
 CHECKS, RETAINING = 5.0, 1.3
 """Gradients that an operator costs before its first product: of the first batch for its plan and checks, and of the data for graphs that
 are kept. Measured on one CPU thread: 3 to 8 for a perceptron and a residual network of 0.3 to 0.7 million parameters."""
-TEMPORARIES = 5
+TEMPORARIES = 6
 """Times the graph of the batch at hand: what a product allocates on the way, at most, as where one wide layer is all of the model."""
 MATRICES = {"Hessian": "hessian", "GGN": "ggn", "Hessian - GGN": "hessian - ggn"}
 """Names of matrices in estimates, by those of operators."""
@@ -100,7 +100,10 @@ def estimated_by_products(
     plan = choose(objective, kind=operator.kind)
     counts = {"products": estimator.num_products, "vectors": estimator.num_vectors}
     expected = expected_of_products(objective, plan, operator, **counts)
-    refuse_too_large(type(estimator).__name__, objective, expected, instead=instead)
+    vectors = replace(
+        expected, held_bytes=0
+    )  # graphs are the operator's, which streams and cuts them where memory runs out
+    refuse_too_large(type(estimator).__name__, objective, vectors, instead=instead)
     A = operator(objective, plan=plan)
     found = estimator.of_operator(A, seed=seed)
     spent = expected_of_products(objective, A.plan, operator, products=found.products, vectors=estimator.num_vectors)
@@ -130,5 +133,7 @@ def expected_of_products(
     making = CHECKS / len(objective.batches) + (RETAINING if retained else 0.0)
     held = plan.graph_bytes * retained + TEMPORARIES * plan.batch_bytes // plan.micro_batches
     per = operator.kind.gradients_per_product[0 if retained else 1]
-    gradients = 1 + (len(objective.batches) if retained else 1)  # the whole one, and that of each batch whose graph is kept
+    gradients = 1 + (
+        len(objective.batches) if retained else 1
+    )  # the whole one, and that of each batch whose graph is kept
     return Expected(making + products * per, vectors + VECTORS + gradients, held)

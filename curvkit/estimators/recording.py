@@ -2,76 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.forms import Form, Rows, summed_in_chunks
+from curvkit.estimators.forms import Form
 from curvkit.estimators.insides import INSIDES, followed
 from curvkit.estimators.layouts import WithoutExamples
-from curvkit.estimators.rules import ADDS, COUPLING, RESHAPES, RULES, SPLITS, Rule
+from curvkit.estimators.row_runs import Rows
+from curvkit.estimators.rules import ADDS, COUPLING, RESHAPES, RULES, SPLITS
+from curvkit.estimators.uses import Call, Common, Use, tensors_in
 from curvkit.parameters import ParameterSpace
-
-
-@dataclass(frozen=True, eq=False)
-class Use:
-    """A call, the parameters in it, and what came out."""
-
-    forms: tuple[Form, ...]
-    output: Any
-    """The edge of the graph where dL/dz arrives, whatever is written over z later: an input of torch.autograd.grad."""
-    shape: tuple[int, ...]
-    """Of z."""
-    kind: Tensor
-    """A tensor of the dtype and on the device of z."""
-    inputs: tuple[Tensor, ...] = ()
-    """Tensors that went in beside the parameters."""
-    versions: tuple[int, ...] = ()
-    """Of `inputs`, as they went in."""
-
-    @property
-    def overwritten(self) -> bool:
-        """Whether something was written over an input since, so that it is no longer what went in."""
-        return any(x._version != before for x, before in zip(self.inputs, self.versions, strict=True))
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """What a function was given."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    given: list[Tensor]
-    """Tensors among both."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether there are two arguments and no option."""
-        return len(self.args) == 2 and not self.kwargs
-
-
-@dataclass(frozen=True, eq=False)
-class Common:
-    """The output of a call that is the same for all examples, as positions are that are looked up once."""
-
-    output: Tensor
-    rule: Rule
-    call: Call
-    names: set[str]
-    reason: str
-
-    @property
-    def without_ones(self) -> tuple[int, ...]:
-        """Its shape for one example."""
-        shape = tuple(self.output.shape)
-        return shape[1:] if shape and shape[0] == 1 else shape
 
 
 class Recording(TorchFunctionMode):
@@ -154,7 +100,7 @@ class Recording(TorchFunctionMode):
 
     def _called(self, model: Any, args: Any, kwargs: Any) -> None:
         self.calls += 1
-        first = next(_tensors((args, kwargs)), None)
+        first = next(tensors_in((args, kwargs)), None)
         self.num_examples = first.shape[0] if first is not None and first.ndim else 0
 
     def name(self, tensor: Any) -> str | None:
@@ -166,7 +112,7 @@ class Recording(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and record it."""
         kwargs = kwargs or {}
-        given = list(_tensors((args, kwargs)))
+        given = list(tensors_in((args, kwargs)))
         found = {self._whole(name) for value in given if (name := self.name(value)) is not None}
         if found and func in INSIDES:
             return self._inside(func, args, kwargs)
@@ -253,7 +199,7 @@ class Recording(TorchFunctionMode):
             if kept or (func in RESHAPES and tuple(output.shape) == (1, *first.output.shape)):
                 self._common[id(output)] = replace(first, output=output)
                 return
-        made = [value for value in _tensors(output) if value.requires_grad]
+        made = [value for value in tensors_in(output) if value.requires_grad]
         if made:
             self.refused |= dict.fromkeys((*first.names, *other), first.reason)
             self._without_rule(func, output, found)
@@ -266,7 +212,7 @@ class Recording(TorchFunctionMode):
 
     def _without_rule(self, func: Any, output: Any, found: set[str]) -> None:
         """Refuse parameters that enter a call in a way that has no rule, if what comes out depends on them."""
-        if found and any(made.requires_grad and self.name(made) is None for made in _tensors(output)):
+        if found and any(made.requires_grad and self.name(made) is None for made in tensors_in(output)):
             called = getattr(func, "__name__", str(func))
             self.refused |= dict.fromkeys(found, f"it is used in {called}, which has no rule for it")
 
@@ -281,58 +227,3 @@ class Recording(TorchFunctionMode):
         if value.ndim > 0 and value.shape[0] == 1:
             return value.expand(self.num_examples, *value.shape[1:])
         return value.expand(self.num_examples, *value.shape)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors in what a function is given, or returns."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:  # type: ignore[assignment]
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        for part in value.values():  # type: ignore[assignment]
-            yield from _tensors(part)
-
-
-def grouped(uses: Iterable[Use], gradients: Iterable[Tensor | None]) -> dict[str, list[tuple[Form, Tensor]]]:
-    """Sort the uses by parameters.
-
-    Args:
-        uses: Of a recording.
-        gradients: dL/dz of each; None where L does not depend on it.
-
-    Returns:
-        For each parameter its forms, with dL/dz.
-    """
-    found: dict[str, list[tuple[Form, Tensor]]] = {}
-    for use, g in zip(uses, gradients, strict=True):
-        if g is not None:
-            for form in use.forms:
-                found.setdefault(form.name, []).append((form, g))
-    return found
-
-
-def summed_squares(uses: list[tuple[Form, Tensor]]) -> Tensor:
-    """Add up the squares of the gradients of single examples for one parameter, over all its uses.
-
-    Args:
-        uses: Its forms with dL/dz.
-
-    Returns:
-        sum_n (sum of dL/dW of example n over the uses)^2.
-    """
-    if len(uses) == 1:
-        form, g = uses[0]
-        return form.squares(g)
-    rows = sorted((form.rows.start, form.rows.stop) for form, _ in uses if isinstance(form, Rows))
-    if len(rows) == len(uses) and all(one[1] <= two[0] for one, two in itertools.pairwise(rows)):
-        return sum((form.squares(g) for form, g in uses), start=torch.zeros(()))
-    size = uses[0][0].written * uses[0][1].element_size()
-
-    def part(piece: slice) -> Tensor:
-        written = [form.gradients(g, piece) for form, g in uses]
-        return sum(written[1:], start=written[0]).square().sum(0)
-
-    first, g = uses[0]
-    return summed_in_chunks(len(first.outgoing(g)), size, g.device, part)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import UnsupportedModel, ran_out_of_memory
-from curvkit.estimators.recording import Recording, grouped
+from curvkit.estimators.recording import Recording
+from curvkit.estimators.uses import grouped
 from curvkit.losses.batches import Batch, rows, take_rows, tensors
 from curvkit.objectives import Objective
 from curvkit.objectives.function import NEEDS_GRAPH

@@ -13,7 +13,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
-from curvkit.estimators.recording import Recording, Use
+from curvkit.estimators.recording import Recording
+from curvkit.estimators.uses import Use
 from curvkit.losses import KnownLoss, as_loss
 
 PURPOSE = "examples apart"

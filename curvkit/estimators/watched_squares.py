@@ -11,10 +11,13 @@ from torch import Tensor
 
 from curvkit.errors import CurvkitError, ran_out_of_memory
 from curvkit.estimators.coverage import refuse_not_finite
-from curvkit.estimators.forms import Form, Matrix, Scale
+from curvkit.estimators.forms import Form
 from curvkit.estimators.mapped_examples import mapped_squares
-from curvkit.estimators.recording import Recording, grouped, summed_squares
+from curvkit.estimators.matrices import Matrix
+from curvkit.estimators.recording import Recording
+from curvkit.estimators.scales import Scale
 from curvkit.estimators.scrutiny import Scrutiny, pull
+from curvkit.estimators.uses import grouped, summed_squares
 from curvkit.losses.batches import Batch, map_tensors, rows
 from curvkit.objectives import Objective
 from curvkit.operators.memory import free_memory, megabytes, release

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.estimators.coverage import Coverage, refuse_uncovered
-from curvkit.estimators.forms import Form, Matrix, Signs
-from curvkit.estimators.recording import Recording, Use
+from curvkit.estimators.forms import Form, Signs
+from curvkit.estimators.matrices import Matrix
+from curvkit.estimators.recording import Recording
+from curvkit.estimators.uses import Use
 from curvkit.linalg.hutchinson import refuse_not_finite
 from curvkit.losses.batches import rows
 from curvkit.objectives import Objective

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +16,19 @@ from torch import Tensor, nn
 
 from curvkit import seeds
 from curvkit.errors import CurvkitError, InvalidArgument
-from curvkit.estimators import DiagonalEstimator
+from curvkit.estimators import DiagonalEstimator, TrainingEstimator
 from curvkit.models import MLP
 from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import random_state
 from curvkit.results.diagonal_estimate import DiagonalEstimate
 from curvkit.testing.contract import CHECK_ESTIMATOR as CONTRACT
 from curvkit.testing.contract import undisturbed
-from curvkit.testing.estimator_laws import check_laws
+from curvkit.testing.estimator_form import check_form, estimated
+from curvkit.testing.estimator_laws import Draws, check_laws, is_exact
+from curvkit.testing.training_contract import check_training
 
-WORD = re.compile(r"[a-z][a-z0-9_]*")
 OTHER_SEEDS = 8
 """One of them must give other numbers: a few labels that are drawn may be the same twice."""
-FREE = "second_moment"
-"""The matrix that nothing is computed for."""
 
 
 def check_estimator(estimator: DiagonalEstimator, objective: Objective | None = None, *, seed: int = 0) -> None:
@@ -39,14 +38,16 @@ def check_estimator(estimator: DiagonalEstimator, objective: Objective | None = 
     - Form: values, and standard errors where something is sampled, have the names of `objective.parameters` in order, the parameters'
       shapes, the dtype of `objective.raised()` (bfloat16 becomes float32) and its device; they need no gradient. Values are finite, errors
       not below zero, NaN where unknown. The matrix is a word, the same as the class says; the cost is positive.
-    - Seed: the same seed gives the same bits, whatever the global random state is; where there are standard errors another seed gives
-      others, and the seed is recorded, also one that was drawn.
+    - Seed: the same seed gives the same bits, whatever the global random state is; where there are standard errors above 0 another seed
+      gives others; where there are errors the seed is recorded, also one that was drawn.
     - Nothing is disturbed: model, buffers, `.grad`, hooks, modes, random states, global flags and data are bit for bit as before, also when
       the forward pass raises in the middle.
     - Laws, of the mean over seeds: what is left out by patterns or frozen has no entry, and the others keep theirs; data cut into uneven
       batches gives the same; c times the loss gives c times the diagonal, of a Hessian or GGN; a loss that is a sum over W terms gives W
       times that of the mean, of these and both Fishers. Standard errors are those of the spread over seeds within a factor of two.
     - Truth: the mean over seeds is the diagonal that is computed densely.
+    - Training, where there are `recording` and `from_recording`: a recorded step gives an estimate of the same form and mean, disturbs
+      nothing, also when the forward pass raises, and leaves outputs and graph for the user's backward pass.
 
     Laws and truth hold for the matrices "hessian", "ggn", "fisher" and "empirical_fisher", and are looked at where there are at most 500
     parameters; of another matrix the form, the seed, the errors and which parameters have an entry are checked, of "squared_gradient" and
@@ -55,8 +56,8 @@ def check_estimator(estimator: DiagonalEstimator, objective: Objective | None = 
 
     Args:
         estimator: Any object with `estimate(objective, *, seed=None)`.
-        objective: To check it on; None: a small classifier in float64. Only on this one are the sum over terms and the truth of both
-            Fishers checked.
+        objective: To check it on; None: a small classifier in float64. Only on this one are the sum over terms, the truth of both Fishers
+            and training checked.
         seed: Of all draws.
 
     Raises:
@@ -82,42 +83,11 @@ def check_estimator(estimator: DiagonalEstimator, objective: Objective | None = 
             estimated(estimator, converted, seed)
     with undisturbed(CONTRACT, objective, "an estimate whose forward pass raised"):
         _interrupted(estimator, objective, seed)
-    check_laws(lambda of, seed: estimated(estimator, of, seed), objective, first, standard=standard, seed=seed)
+    draws = Draws(lambda of, seed: estimated(estimator, of, seed), objective, seed)
+    check_laws(lambda of, seed: estimated(estimator, of, seed), draws, first, standard=standard, seed=seed)
+    if standard and isinstance(estimator, TrainingEstimator):
+        check_training(estimator, objective, draws, partial(check_form, estimator), seed)
     _check_options(estimator)
-
-
-def estimated(estimator: DiagonalEstimator, objective: Objective, seed: int | None) -> DiagonalEstimate:
-    """An estimate, with the checks that hold for each.
-
-    Args:
-        estimator: That is checked.
-        objective: The function.
-        seed: Of the estimate.
-
-    Returns:
-        The estimate.
-
-    Raises:
-        InvalidArgument: If it is not of the form that is asked for.
-    """
-    found = estimator.estimate(objective, seed=seed)
-    if not isinstance(found, DiagonalEstimate):
-        CONTRACT.refuse("an estimate", f"estimate returned a {type(found).__name__}", "a DiagonalEstimate")
-    _check_tensors("values", found.values, objective)
-    for name, value in found.values.items():
-        if not bool(torch.isfinite(value).all()):
-            CONTRACT.refuse(
-                "finite", f"the value of {name!r} has NaN or infinite entries", "finite numbers, or an error"
-            )
-    if found.stderr is not None:
-        _check_tensors("stderr", found.stderr, objective)
-        for name, error in found.stderr.items():
-            if bool((error < 0).any()) or bool(torch.isinf(error).any()):
-                CONTRACT.refuse(
-                    "standard errors", f"that of {name!r} has negative or infinite entries", "at least 0, or NaN"
-                )
-    _check_words(estimator, found)
-    return found
 
 
 def _runs(objective: Objective) -> bool:
@@ -168,44 +138,6 @@ def _classes(estimator: Any) -> dict[str, Any]:
     return found
 
 
-def _check_tensors(what: str, named: Mapping[str, Tensor], objective: Objective) -> None:
-    space, dtype = objective.parameters, objective.raised().dtype
-    if tuple(named) != space.names:
-        CONTRACT.refuse(f"{what} by name", f"they are {_listed(named)}", _listed(space.names))
-    for entry in space.entries:
-        value = named[entry.name]
-        for property_, got, allowed in (
-            ("shape", list(value.shape), list(entry.shape)),
-            ("dtype", value.dtype, dtype),
-            ("device", value.device, objective.device),
-            ("requires_grad", value.requires_grad, False),
-        ):
-            if got != allowed:
-                CONTRACT.refuse(
-                    f"{what} have shape, dtype and device",
-                    f"{entry.name!r} has {property_} {got}",
-                    f"{property_} {allowed}",
-                )
-
-
-def _check_words(estimator: Any, found: DiagonalEstimate) -> None:
-    if not isinstance(found.matrix, str) or not WORD.fullmatch(found.matrix):
-        CONTRACT.refuse("the matrix is named", f"matrix is {found.matrix!r}", "a word of small letters, digits and _")
-    said = getattr(estimator, "matrix", found.matrix)
-    if said != found.matrix:
-        CONTRACT.refuse(
-            "the matrix is named", f"the estimate says {found.matrix!r}, its estimator {said!r}", "the same"
-        )
-    if found.estimator != repr(estimator):
-        CONTRACT.refuse("the estimator is named", f"estimator is {found.estimator!r}", repr(repr(estimator)))
-    cost = found.cost
-    work = cost.gradients > 0.0 or (cost.gradients == 0.0 and found.matrix == FREE)
-    if not (work and math.isfinite(cost.gradients) and 0.0 < cost.seconds < math.inf and cost.products >= 0):
-        CONTRACT.refuse("the cost is positive", f"it is {cost}", "gradients and seconds above 0")
-    if cost.peak_bytes is not None and cost.peak_bytes <= 0:
-        CONTRACT.refuse("the cost is positive", f"peak_bytes is {cost.peak_bytes}", "above 0, or None")
-
-
 def _check_seed(estimator: DiagonalEstimator, objective: Objective, first: DiagonalEstimate, seed: int) -> None:
     kept = {name: value.clone() for name, value in first.values.items()}
     with random_state():
@@ -225,11 +157,15 @@ def _check_seed(estimator: DiagonalEstimator, objective: Objective, first: Diago
     if first.seed is None:
         CONTRACT.refuse("the seed is recorded", "there are standard errors, and seed is None", f"{seed}")
     others = ((seed + k) % seeds.SEED_LIMIT for k in range(2, OTHER_SEEDS + 1))
-    if _same(kept, other.values) and all(_same(kept, estimated(estimator, objective, k).values) for k in others):
+    if (
+        _same(kept, other.values)
+        and not is_exact(first, objective)
+        and all(_same(kept, estimated(estimator, objective, k).values) for k in others)
+    ):
         CONTRACT.refuse(
             "new seed, new bits",
             f"standard errors are given, but {OTHER_SEEDS} other seeds give the same",
-            "another estimate",
+            "another estimate, or standard errors of 0",
         )
     drawn = estimated(estimator, objective, None)
     if drawn.seed is None or not _same(drawn.values, estimated(estimator, objective, drawn.seed).values):
@@ -278,8 +214,3 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         torch.equal(value.nan_to_num(nan=-1.0), other[name].nan_to_num(nan=-1.0)) for name, value in one.items()
     )
-
-
-def _listed(names: Any, most: int = 4) -> str:
-    listed = [*map(repr, names)]
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -70,12 +70,12 @@ class Draws:
         return values.mean(0), values.std(0) / math.sqrt(len(values))
 
 
-def check_laws(estimate: Estimate, objective: Objective, first: DiagonalEstimate, *, standard: bool, seed: int) -> None:
+def check_laws(estimate: Estimate, draws: Draws, first: DiagonalEstimate, *, standard: bool, seed: int) -> None:
     """Check the laws that hold for a matrix.
 
     Args:
         estimate: Of a function, with a seed; it has the form that is asked for.
-        objective: The function.
+        draws: Of the objective.
         first: An estimate of it.
         standard: Whether it is the function that is checked on by default.
         seed: Of all draws.
@@ -83,24 +83,41 @@ def check_laws(estimate: Estimate, objective: Objective, first: DiagonalEstimate
     Raises:
         InvalidArgument: Naming the law that fails.
     """
-    draws, n = Draws(estimate, objective, seed), objective.parameters.n
+    objective = draws.objective
     _check_restricted(draws, estimate, seed, entrywise=first.matrix in ENTRYWISE)
-    if first.stderr is not None:
+    if first.stderr is not None and not is_exact(first, objective):
         _check_errors(draws)
-    if first.matrix not in KNOWN or n > LARGEST:
+    if first.matrix not in KNOWN or objective.parameters.n > LARGEST:
         return
     cut, _ = objective.cut(3)
     if len(cut.batches) > len(objective.batches):
-        _compare("uneven batches give the same", "cut into parts", draws, Draws(estimate, cut, seed))
+        compare("uneven batches give the same", "cut into parts", draws, Draws(estimate, cut, seed))
     if first.matrix in LINEAR:
         _check_scaled(draws, estimate, seed)
     if standard:
         summed = replace(objective, loss=nn.CrossEntropyLoss(reduction="sum"))
         others = Draws(estimate, summed, seed, factor=1.0 / (objective.examples or 1))
-        _compare("a sum over W terms is W times the mean", "as a sum, divided by W,", draws, others)
+        compare("a sum over W terms is W times the mean", "as a sum, divided by W,", draws, others)
     truth = _truth(objective, first.matrix, standard=standard)
     if truth is not None:
-        _compare("the mean is the truth", "computed densely", draws, truth)
+        compare("the mean is the truth", "computed densely", draws, truth)
+
+
+def is_exact(found: DiagonalEstimate, objective: Objective) -> bool:
+    """Whether nothing of what was drawn shows in an estimate, as where a matrix is diagonal: its errors are 0 up to rounding.
+
+    Args:
+        found: With standard errors.
+        objective: The function.
+
+    Returns:
+        For errors that are not known (one sample) True where the truth is computed, which then decides.
+    """
+    largest = max((value.abs().max().item() for value in found.values.values() if value.numel()), default=0.0)
+    errors = torch.cat([error.flatten() for error in (found.stderr or {}).values()])
+    if bool(errors.isnan().any()):
+        return found.matrix in LINEAR and objective.parameters.n <= LARGEST
+    return bool((errors <= ROUNDING * torch.finfo(errors.dtype).eps * largest).all())
 
 
 def _check_restricted(draws: Draws, estimate: Estimate, seed: int, *, entrywise: bool) -> None:
@@ -121,7 +138,7 @@ def _check_restricted(draws: Draws, estimate: Estimate, seed: int, *, entrywise:
     if not entrywise:
         return
     keep = torch.cat([torch.full((e.numel,), e.name in chosen) for e in objective.parameters.entries])
-    _compare("the others keep theirs", "with parameters left out or frozen", draws, others, keep=keep)
+    compare("the others keep theirs", "with parameters left out or frozen", draws, others, keep=keep)
 
 
 def _check_scaled(draws: Draws, estimate: Estimate, seed: int) -> None:
@@ -139,7 +156,7 @@ def _check_scaled(draws: Draws, estimate: Estimate, seed: int) -> None:
         others.one(0)
     except (UnsupportedModel, UnknownObjective):
         return
-    _compare(
+    compare(
         "c times the loss gives c times the diagonal",
         f"of {SCALE:g} times the loss, divided by {SCALE:g},",
         draws,
@@ -162,8 +179,16 @@ def _check_errors(draws: Draws) -> None:
     )
 
 
-def _compare(law: str, what: str, draws: Draws, others: Draws | Tensor, *, keep: Tensor | None = None) -> None:
-    """Compare two means, or a mean with the truth."""
+def compare(law: str, what: str, draws: Draws, others: Draws | Tensor, *, keep: Tensor | None = None) -> None:
+    """Compare two means, or a mean with the truth, stage by stage.
+
+    Args:
+        law: The property.
+        what: The others are, for the message.
+        draws: Of the objective.
+        others: Of another function with the same diagonal, or the diagonal and its sum.
+        keep: The coordinates that are compared, [n] bool; None: all, and their sum. The others have these alone.
+    """
     objective, position, said = draws.objective, 0, ""
     for stage in range(len(STAGES)):
         mean, error = draws.mean(stage)

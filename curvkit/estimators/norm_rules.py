@@ -1,0 +1,71 @@
+"""Rules for layers that normalise; each takes (names, output, *arguments of the call) and gives the forms of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvkit.errors import UnsupportedModel
+from curvkit.estimators.forms import Form
+from curvkit.estimators.rule_parts import Names, by_channel, elementwise, layout_of, offset
+
+
+def layer_norm(
+    names: Names,
+    output: Tensor,
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Iterator[Form]:
+    layout = layout_of(names, output)
+    name = names.name(weight)
+    if name is not None:
+        yield elementwise(name, layout, F.layer_norm(x, list(shape), None, None, eps), tuple(shape))
+    yield from offset(names, output, bias)
+
+
+def rms_norm(
+    names: Names, output: Tensor, x: Tensor, shape: Sequence[int], weight: Any = None, eps: float | None = None
+) -> Iterator[Form]:
+    name = names.name(weight)
+    if name is not None:
+        layout = layout_of(names, output)
+        yield elementwise(name, layout, F.rms_norm(x, list(shape), None, eps), tuple(shape))
+
+
+def batch_norm(
+    names: Names,
+    output: Tensor,
+    x: Tensor,
+    mean: Any,
+    variance: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Iterator[Form]:
+    if training:
+        raise UnsupportedModel("BatchNorm in training mode couples the examples")
+    tail = (-1, *(1,) * (output.ndim - 2))
+
+    def normal(x: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, variance, None, None, False, momentum, eps)
+
+    def linear(x: Tensor) -> Tensor:
+        return x * (variance + eps).rsqrt().view(tail)
+
+    yield from by_channel(names, output, x, weight, bias, normal, linear)
+
+
+def group_norm(
+    names: Names, output: Tensor, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Iterator[Form]:
+    normalised = None if names.name(weight) is None else F.group_norm(x, groups, None, None, eps)
+    yield from by_channel(names, output, normalised, weight, bias)
