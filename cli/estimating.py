@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import advice, diagonal_rows, estimation, foreseen, measuring, records, render, render_diagonal
+from . import advice, diagonal_rows, estimation, foreseen, measuring, records, render, render_diagonal, second_moments
 from .data import Data
+from .diagonal_result import Diagonal
 from .estimation import Chosen, Estimation, Saving
 from .failures import say
 from .foreseen import Foreseen
 from .interrupts import INTERRUPTED, conclude
-from .records import OPTIMIZER, STATE_WANTED
-from .render_diagonal import Diagonal
+from .records import STATE_WANTED
 from .target import Target
 from .waiting import expecting
 
 if TYPE_CHECKING:
-    from curvkit.checkpoints.optimizer_state import OptimizerState as StoredState
-    from curvkit.checkpoints.optimizer_state import Unassigned
-    from curvkit.errors import CurvkitError
     from curvkit.objectives import Objective
     from curvkit.operators.preflight import Preflight
     from curvkit.resolving import Resolved
@@ -53,9 +50,9 @@ def run(ctx: click.Context, target: Target, it: Command) -> int:
     chosen = estimation.choose(it.estimation, target)
     path = estimation.destination(it.output, target, plan=it.estimation.plan)
     with contextlib.redirect_stdout(sys.stderr), advice.typed():  # what the user's code prints is no result
-        ctx.meta[STATE_WANTED] = _reads_state(chosen)
+        ctx.meta[STATE_WANTED] = second_moments.are_read(chosen)
         resolved = _resolved(ctx, target, chosen, it)
-        chosen = _with_state(ctx, chosen, resolved.objective)
+        chosen = second_moments.found(ctx, chosen, resolved.objective)
         plan = Foreseen.of(chosen, resolved.objective) if it.estimation.plan else None
         shown = None if plan is not None else _measured(ctx, target, resolved, chosen, it)
     title, record = measuring.title(target, resolved), records.describe(ctx, target, resolved)
@@ -110,38 +107,6 @@ def _resolved(ctx: click.Context, target: Target, chosen: Chosen, it: Command) -
         raise
 
 
-def _reads_state(chosen: Chosen) -> bool:
-    from curvkit.estimators import OptimizerState
-
-    return isinstance(chosen.estimator, OptimizerState)
-
-
-def _with_state(ctx: click.Context, chosen: Chosen, objective: Objective) -> Chosen:
-    """Give the state of the checkpoint's optimizer to the estimator that reads it, if it is there and surely of these parameters."""
-    from curvkit.checkpoints.optimizer_state import Unassigned
-    from curvkit.estimators import OptimizerState
-    from curvkit.measures.state_evidence import confirm
-
-    if not isinstance(chosen.estimator, OptimizerState):
-        return chosen
-    state: StoredState | Unassigned = ctx.meta[OPTIMIZER]
-    if isinstance(state, Unassigned):
-        raise _stateless(chosen, state.reason)
-    doubt = None if state.certain else confirm(state, objective)
-    if doubt is not None:
-        raise _stateless(chosen, doubt)
-    return replace(chosen, estimator=chosen.estimator.bound(replace(state, certain=True)))
-
-
-def _stateless(chosen: Chosen, reason: str) -> CurvkitError:
-    from curvkit.errors import UnknownObjective
-
-    return UnknownObjective(
-        f"--estimator {chosen.name}: no second moment can be read: {reason}. Use --estimator fisher or empirical-fisher, which need the "
-        "model and data alone."
-    )
-
-
 def _preflight(objective: Objective, chosen: Chosen, it: Estimation) -> Preflight | None:
     """Refuse wrong second derivatives where the estimator uses them."""
     from curvkit.operators.preflight import preflight, refuse_wrong
@@ -166,7 +131,27 @@ def _estimate(objective: Objective, chosen: Chosen, it: Command) -> DiagonalEsti
             seconds = expected.gradients * foreseen.gradient_seconds(objective)
             work += f", {expected.gradients:.3g} gradients"
     with expecting("diagonal", work, seconds, it.output.shown):
-        return chosen.estimator.estimate(objective, seed=it.estimation.seed)
+        found = chosen.estimator.estimate(objective, seed=it.estimation.seed)
+    _refuse_misfit(found, objective, chosen)
+    return found
+
+
+def _refuse_misfit(found: Any, objective: Objective, chosen: Chosen) -> None:
+    """Refuse what an estimator of another package returns that is no diagonal of this function."""
+    from curvkit.errors import CurvkitError
+    from curvkit.results.diagonal_estimate import DiagonalEstimate
+
+    shapes = {entry.name: tuple(entry.shape) for entry in objective.parameters.entries}
+    if not isinstance(found, DiagonalEstimate):
+        what = f"a {type(found).__name__}"
+    elif {name: tuple(value.shape) for name, value in found.values.items()} != shapes:
+        what = "other names or shapes than those of the parameters"
+    else:
+        return
+    raise CurvkitError(
+        f"the estimator {chosen.name} returned {what}; it must return a DiagonalEstimate, parameter-shaped. Its authors find what is wrong "
+        "with curvkit.testing.check_estimator."
+    )
 
 
 def _diagonal(objective: Objective, found: DiagonalEstimate, checked: Preflight | None, chosen: Chosen) -> Diagonal:

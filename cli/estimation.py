@@ -19,6 +19,7 @@ from .values import Assignment
 
 if TYPE_CHECKING:
     from curvkit.estimators import DiagonalEstimator
+    from curvkit.estimators.registry import Description
 
 DEFAULT = "example-hutchinson"
 """The Hessian's own diagonal, of any model with rules for its layers, at a tenth and less of the cost of other unbiased estimates."""
@@ -118,7 +119,7 @@ def choose(it: Estimation, target: Target) -> Chosen:
     """Make the estimator, before anything is read."""
     from curvkit.estimators import registry
 
-    own = {option.name: option for option in registry.describe(it.estimator).options}
+    own = {option.name: option for option in _described(it.estimator).options}
     given, arguments = dict[str, str](), list[tuple[str, str]]()
     for key, text in target.set:
         if key.startswith(ESTIMATOR):
@@ -139,6 +140,17 @@ def choose(it: Estimation, target: Target) -> Chosen:
         tuple(arguments),
         ", ".join(map(str, own.values())) or "no options",
     )
+
+
+def _described(name: str) -> Description:
+    """Of a name that was typed, or that stands in the configuration."""
+    from curvkit.errors import InvalidArgument
+    from curvkit.estimators import registry
+
+    try:
+        return registry.describe(name)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"--estimator {name}: {error}") from error
 
 
 def _drawn_once(name: str) -> list[str]:

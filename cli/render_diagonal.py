@@ -4,47 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .diagonal_rows import FAR, Row, Rows
+from .diagonal_result import MATRICES, Diagonal
+from .diagonal_rows import FAR, Row
 from .failures import harmless
 from .progress import counted, duration, styled
 from .render import digits, print_remarks, tab_separated
 from .render_inspection import size
 
 if TYPE_CHECKING:
-    from curvkit.operators.preflight import Preflight
-    from curvkit.results import Definition
     from curvkit.results.diagonal_estimate import DiagonalEstimate
 
-MATRICES = {
-    "hessian": ("Hessian", "second derivatives of the loss, d2L / d theta_j^2"),
-    "hessian_top": (
-        "Hessian's top eigenspace",
-        "sum of lambda_i v_i * v_i over the eigenpairs found; what the other eigenvectors add is missing",
-    ),
-    "ggn": ("GGN", "the generalised Gauss-Newton matrix, the Hessian without the curvature of the model"),
-    "fisher": ("Fisher matrix", "mean squares of the examples' gradients, with targets drawn from the model"),
-    "empirical_fisher": (
-        "empirical Fisher matrix",
-        "mean squares of the examples' gradients, with the targets of the data; it is no estimate of the Fisher matrix",
-    ),
-    "squared_gradient": (
-        "squared gradient",
-        "of mini-batches, with targets drawn from the model: its mean is the Fisher's diagonal, one draw is far from it",
-    ),
-    "second_moment": (
-        "second moment",
-        "Adam's running mean of squared gradients of the training loss; its optimizer holds it, and it is no curvature of this loss",
-    ),
-}
-"""Name in an estimate -> what people call it, and what its diagonal is."""
 NOISY, MOST_NOISE, GOAL = 0.5, 0.8, 0.1
 """Errors relative to entries above which there is a warning; the share of noise in the squares of the entries up to which it is known well
 enough to say how many samples would do; the errors that they would do for."""
@@ -53,59 +29,6 @@ FEWER = ("sum", "± s.e.", "share", "mean", "largest")
 """What is left of them where all do not fit; the plain lines have them all."""
 FEW = 30
 """Samples below which it is said how far standard errors are known themselves."""
-
-
-@dataclass(frozen=True)
-class Diagonal:
-    """What is shown."""
-
-    estimate: DiagonalEstimate
-    rows: Rows
-    definition: Definition | None
-    """None: neither loss nor data had a part in it."""
-    unit: str | None
-    loss: float | None
-    preflight: Preflight | None
-    checked: bool
-    """Whether second derivatives were to be checked."""
-    notes: tuple[str, ...]
-
-    @property
-    def matrix(self) -> str:
-        """What people call the matrix."""
-        return MATRICES.get(self.estimate.matrix, (harmless(self.estimate.matrix), ""))[0]
-
-    @property
-    def quantity(self) -> str:
-        """What it is: a diagonal, or what is one by itself."""
-        return self.matrix if self.definition is None else f"diagonal of the {self.matrix}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        from curvkit.results import plain
-
-        found, total = self.estimate, self.rows.total
-        return plain(
-            {
-                "quantity": self.quantity,
-                "matrix": found.matrix,
-                "estimator": found.estimator,
-                "definition": None
-                if self.definition is None
-                else {**plain(self.definition), "text": _definition(self)},
-                "unit": self.unit,
-                "trace": {"value": found.trace, "stderr": total.stderr},
-                "largest": total.largest,
-                "negative": total.negative,
-                **self.rows.to_dict(),
-                "samples": found.samples,
-                "sampled": found.stderr is not None,
-                "loss": self.loss,
-                "cost": found.cost,
-                "preflight": None if self.preflight is None else self.preflight.to_dict(),
-                "notes": self.notes,
-            }
-        )
 
 
 def table(found: Diagonal, title: str, by: str, color: str) -> None:
@@ -142,7 +65,7 @@ def remarks(found: Diagonal) -> list[tuple[str, str]]:
         ("errors", _errors(found)),
         ("entries", _entries(found)),
         *_noise(found),
-        ("definition", _definition(found)),
+        ("definition", found.text),
         *([("unit", f"{found.unit}; entries are in that per parameter squared")] if found.unit else []),
         *([("at", f"loss {found.loss:.6g}")] if found.loss is not None else []),
         *_derivatives(found),
@@ -252,12 +175,6 @@ def _noise(found: Diagonal) -> list[tuple[str, str]]:
     if abs(total.sum) < FAR * total.stderr:
         made.append(("share", f"of layers not known: the trace lies within {FAR:g} of its errors from zero"))
     return made
-
-
-def _definition(found: Diagonal) -> str:
-    if found.definition is None:
-        return f"{found.matrix} of {found.rows.total.parameters:,} parameters; the loss and the data given here have no part in it"
-    return str(found.definition).replace(found.definition.matrix.capitalize(), found.matrix, 1)
 
 
 def _derivatives(found: Diagonal) -> list[tuple[str, str]]:

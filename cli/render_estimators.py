@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rich.padding import Padding
 from rich.text import Text
 
+from .diagonal_result import MATRICES
 from .documentation import Documentation
 from .failures import harmless
 from .progress import styled
 from .render import print_labelled, print_remarks, tab_separated
-from .render_diagonal import MATRICES
 
 if TYPE_CHECKING:
     from curvkit.estimators.registry import Description
@@ -85,14 +85,16 @@ def detail_plain(it: Description, said: Documentation) -> str:
 def remarks(it: Description, said: Documentation) -> list[tuple[str, str]]:
     """What stands below the text."""
     known = MATRICES.get(it.matrix or "")
-    made = [("matrix", f"{it.matrix}: {known[1]}" if known else it.matrix or "the class does not say it")]
+    unsaid = "the class does not say it" if it.failure is None else "not known"
+    made = [("matrix", f"{it.matrix}: {known[1]}" if known else it.matrix or unsaid)]
     for option in it.options:
         made.append(("option", f"{option}{_colon(said.arguments.get(option.name, ''))}"))
     made += [(name.lower(), text) for name, text in said.sections.items()]
     made.append(("from", it.origin))
     if it.failure is not None:
         made.append(("failure", it.failure))
-    made.append(("example", _example(it)))
+    else:
+        made.append(("example", _example(it)))
     return [(name, harmless(text)) for name, text in made]
 
 

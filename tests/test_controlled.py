@@ -48,7 +48,7 @@ def residual(name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("residency", ["retained", "streamed"])
-@pytest.mark.parametrize("name", ["mlp", "tied", "attention", "squared error", "coins"])
+@pytest.mark.parametrize("name", ["deep", "tied", "attention", "squared error"])
 def test_products_are_those_of_the_dense_difference(name: str, residency: Any):
     """Rung 2; relative to H, since the difference may be small."""
     objective = CASES[name].objective((2, 4))
@@ -145,7 +145,9 @@ def test_memory_is_looked_at_beforehand(monkeypatch: pytest.MonkeyPatch):
 # ---- the combination ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["deep", "time first", "attention"])
+@pytest.mark.parametrize(
+    "name", ["deep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("time first", "attention"))]
+)
 @pytest.mark.parametrize("inner", [Hutchinson(200), ExampleHutchinson(100)])
 def test_it_is_unbiased_for_the_hessian(name: str, inner: Any):
     """Rung 5."""

@@ -17,7 +17,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from curvkit_cli import advice, diagonal_rows, estimating, foreseen, render_diagonal, render_estimators, waiting
+from curvkit_cli import (
+    advice,
+    diagonal_result,
+    diagonal_rows,
+    estimating,
+    foreseen,
+    render_diagonal,
+    render_estimators,
+    waiting,
+)
 from curvkit_cli.documentation import documentation
 from curvkit_cli.estimation import Chosen
 from curvkit_cli.main import run
@@ -205,12 +214,12 @@ def test_one_sample_has_no_error(diagonal: Typed):
     assert json.loads(out)["result"]["trace"]["stderr"] is None
 
 
-def drawn(samples: torch.Tensor, values: torch.Tensor, stderr: torch.Tensor) -> render_diagonal.Diagonal:
+def drawn(samples: torch.Tensor, values: torch.Tensor, stderr: torch.Tensor) -> diagonal_result.Diagonal:
     """An estimate of one layer from samples of its sum."""
     parts, cost = TraceParts((values.numel(),), torch.zeros(1).double(), samples.double()), Cost(1.0, 0.1)
     it = DiagonalEstimate({"weight": values}, {"weight": stderr}, "hessian", "Mine()", cost, len(samples), 0, parts)
     rows = diagonal_rows.rows(it, torch.nn.Linear(2, 1, bias=False))
-    return render_diagonal.Diagonal(it, rows, None, None, None, None, False, ())
+    return diagonal_result.Diagonal(it, rows, None, None, None, None, False, ())
 
 
 def test_noise_is_called_noise():
@@ -495,7 +504,7 @@ def test_a_gradient_is_timed_and_scaled_to_all_the_data(objective: Objective, mo
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["-e", "hutchinsn"], "there is no estimator 'hutchinsn'. The nearest is 'hutchinson'"),
+        (["-e", "hutchinsn"], "--estimator hutchinsn: there is no estimator 'hutchinsn'. The nearest is 'hutchinson'"),
         (["--set", "num_probes=0"], "num_probes=0 must be an integer >= 1."),
         (["--set", "num_probes=many"], "estimator example-hutchinson: num_probes='many' must be an integer."),
         (["--set", "num_probes"], "'num_probes' is not of the form KEY=VALUE"),
@@ -510,6 +519,17 @@ def test_typed_wrong(diagonal: Typed, arguments: list[str], text: str):
     code, out, err = diagonal(*arguments)
     assert (code, out) == (2, "")
     assert text in err
+
+
+def test_an_estimator_from_the_configuration(typed: Typed):
+    Path("curvkit.toml").write_text('[defaults.diagonal]\nestimator = "fisher"\n')
+    code, out, _ = typed("diagonal", CHECKPOINT, "--plan", "-q", "-c", "curvkit.toml")
+    assert (code, table(out)["estimator"]) == (0, ["Fisher(num_samples=8)"])
+    Path("curvkit.toml").write_text('[defaults.diagonal]\nestimator = "fischer"\n')
+    code, _, err = typed("diagonal", CHECKPOINT, "--plan", "-q", "-c", "curvkit.toml")
+    assert code == 2
+    assert "The nearest is 'fisher'" in err
+    assert "--estimator is set in curvkit.toml." in err
 
 
 def test_a_name_that_nobody_has(diagonal: Typed, typed: Typed):
@@ -564,6 +584,26 @@ def test_dropout_in_training_mode_points_to_the_flag(typed: Typed):
     code, _, err = typed("diagonal", "ckpt.pt", "--objective", "train.py:dropout", "--mode", "train", "-q")
     assert code == 1
     assert "Use --mode eval, the default" in err
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (3.0, "the estimator fisher returned a float; it must return a DiagonalEstimate, parameter-shaped."),
+        (
+            DiagonalEstimate({"w": torch.ones(2)}, None, "mine", "Mine()", Cost(0.0, 0.0)),
+            "the estimator fisher returned other names or shapes than those of the parameters;",
+        ),
+    ],
+)
+def test_what_an_estimator_returns_is_looked_at(
+    diagonal: Typed, monkeypatch: pytest.MonkeyPatch, returned: Any, text: str
+):
+    monkeypatch.setattr(Fisher, "estimate", lambda *_, **__: returned)
+    code, out, err = diagonal("-e", "fisher")
+    assert (code, out) == (1, "")
+    assert text in err
+    assert "Its authors find what is wrong with curvkit.testing.check_estimator." in err
 
 
 def test_no_preflight_is_said(diagonal: Typed):
@@ -711,6 +751,8 @@ def test_what_is_not_imported_or_cannot_be_used_is_said(capsys: pytest.CaptureFi
     out = " ".join(capsys.readouterr().out.split())
     assert "from their-package 1.0" in out
     assert "cannot be used: it cannot be imported" in out
+    assert "example" not in dict(render_estimators.remarks(found[1], documentation(object)))
+    assert dict(render_estimators.remarks(found[0], documentation(object)))["matrix"] == "the class does not say it"
 
 
 def test_documentation_in_parts():
@@ -758,5 +800,5 @@ def test_torch_is_not_imported_for_help(arguments: list[str]):
 def test_every_matrix_of_an_estimator_has_words():
     for found in registry.described():
         for name in (found.matrix or "").split(" or "):
-            assert not name or name in render_diagonal.MATRICES
-    assert estimating.SECOND_DERIVATIVES in render_diagonal.MATRICES
+            assert not name or name in diagonal_result.MATRICES
+    assert estimating.SECOND_DERIVATIVES in diagonal_result.MATRICES

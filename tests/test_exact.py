@@ -20,7 +20,7 @@ from curvkit.estimators.exact_ways import duration
 from curvkit.estimators.expected import refuse_too_large
 from curvkit.estimators.ggn_structure import GGNStructure, count_columns, predicted_gradients
 from curvkit.models import ResNet
-from curvkit.operators import GGN, Hessian
+from curvkit.operators import Hessian
 
 EXACT = 1e-12
 """float64 rounding, 2.2e-16, of sums of some thousand terms."""
@@ -52,7 +52,12 @@ def test_ggn_is_that_of_the_dense_matrix(name: str):
     assert found.cost.peak_bytes is not None
 
 
-@pytest.mark.parametrize("name", CASES)
+LARGE = ("convolutions", "convolutions in one dimension", "language", "tied")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in CASES]
+)
 def test_hessian_is_that_of_the_dense_matrix(name: str):
     """Rung 2."""
     objective = CASES[name].objective((2, 4))
@@ -135,11 +140,6 @@ def test_chunks_are_halved_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch
     assert [state.done for state in states] == [16, 24, 32, 39]
     assert (states[-1].diagonal - truth).abs().max() <= EXACT * truth.abs().max()
     assert H.plan.micro_batches == 6
-    model.most = 1 << 30
-    G = GGN(Objective(model, F.cross_entropy, cut((3, 3), x, LABELS)), residency="streamed")
-    model.most = 0
-    with pytest.raises(CurvkitError, match="GGN: out of memory with .* parts per batch, and a part is one row already"):
-        list(unit_products.steps(G))
 
 
 def test_pieces_are_halved_where_memory_runs_out():
@@ -148,7 +148,7 @@ def test_pieces_are_halved_where_memory_runs_out():
     structure = GGNStructure.of(objective, "Exact")
     [piece] = structure.pieces(100)
     whole, weight = structure.sums(piece)
-    model.most = 2
+    model.most = 3
     parts, parts_weight = structure.sums(piece)
     assert (weight, parts_weight) == (6.0, 6.0)
     assert (flat(parts) - flat(whole)).abs().max() <= EXACT * flat(whole).abs().max()
@@ -156,7 +156,7 @@ def test_pieces_are_halved_where_memory_runs_out():
     with pytest.raises(
         CurvkitError, match="Exact: out of memory with the graph of one example .OutOfMemoryError: CUDA"
     ):
-        structure.sums(piece)
+        structure.sums(structure.pieces(1)[0])
 
 
 def test_how_far_it_is():
@@ -194,7 +194,7 @@ def test_what_is_expected(matrix: Any, way: Any):
     if way == "products":
         assert expected.gradients == pytest.approx((2.0 if matrix == "hessian" else 1.2) * 183, abs=4.0)
     else:
-        proof = 3.0 + (8 + 8 + 8 + 3) * (2.0 + 1.2) * 4 / 6  # entries of four tensors, on four of six examples
+        proof = 6.0 + 4 * (2.0 + 2.0) * 4 / 6  # two products for each of four tensors, on four of six examples
         assert expected.gradients == pytest.approx(3.0 + 3 * 0.3 + (proof if matrix == "hessian" else 0.0))
 
 

@@ -97,11 +97,10 @@ def residual_of(objective: Objective, x: Tensor, y: Tensor) -> Tensor:
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("residual", "parts"), [(False, 1), (True, 2)])
 @pytest.mark.parametrize("name", NETS)
 def test_samples_are_unbiased(name: str, residual: bool, parts: int):
-    """Rung 2 and 5: dense float64 in the mean over 150 samples; one in 10^5 lies beyond 4.5 standard errors, of at most 96 here."""
+    """Rung 2 and 5: dense float64 in the mean over 100 samples; one in 10^5 lies beyond 4.5 standard errors, of at most 48 here."""
     objective, x, y = made(name)
     H = (
         residual_of(objective, x, y)
@@ -110,9 +109,9 @@ def test_samples_are_unbiased(name: str, residual: bool, parts: int):
     )
     truth = part_sums(objective, H)
     source = ExampleProbes(objective.cut(parts)[0], coverage(objective), residual=residual, seed=0, keep=True)
-    rows = torch.stack([source.row(i) for i in range(150)])
+    rows = torch.stack([source.row(i) for i in range(100)])
     off = (rows.mean(0) - truth).abs()
-    assert (off <= 4.5 * rows.std(0) / 150**0.5 + 1e-12).all()
+    assert (off <= 4.5 * rows.std(0) / 100**0.5 + 1e-12).all()
     assert rows.std(0)[0] > 0
 
 
@@ -196,31 +195,30 @@ def test_auto_takes_what_pays():
     assert trace(odd, tolerance=0.9, max_products=31, seed=0).estimate.method not in METHODS
 
 
-class Counting(nn.Module):
-    """A parameter without a rule, and a branch on a value, which torch.func.vmap does not take: no exact part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.outer, self.odd = nn.Linear(6, 20), nn.Linear(20, 3), nn.Parameter(torch.eye(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.outer(torch.tanh(self.inner(x)))
-        return torch.einsum("nc,dc->nd", z, self.odd) if z.detach().abs().sum().item() >= 0 else z
-
-
 def test_auto_goes_back_to_products_with_a_note():
-    with seeded(0):
-        model = Counting().double()
-    objective = Objective(model, F.cross_entropy, [(normal(40, 6, seed=1), classes(40, num=3, seed=2))])
+    """A class of negative weight that the first rows do not have: H_out has no real factor, which the exact part meets late."""
+    x, y = normal(40, 6, seed=1), classes(40, num=2, seed=2)
+    y[20] = 2
+    weight = torch.tensor([1.0, 1.0, -0.1], dtype=torch.float64)
+    with seeded(3):
+        objective = Objective(layers().double(), nn.CrossEntropyLoss(weight), [(x, y)])
     found = trace(objective, tolerance=0.9, max_products=31, seed=0)
     assert found.estimate.method not in METHODS
-    said = (
-        "signs per example could not be used, and products were: UnsupportedModel: trace: the parameter odd has no rule"
-    )
+    said = "signs per example could not be used, and products were: UnsupportedModel: OutputHessian: a weight of the loss is negative"
     assert any(said in note for note in found.notes)
-    with pytest.raises(UnsupportedModel, match="trace: the parameter odd has no rule"):
+    with pytest.raises(UnsupportedModel, match="a weight of the loss is negative"):
         trace(objective, method="controlled", seed=0)
-    assert trace(objective, method="example-hutchinson", tolerance=0.9, seed=0).estimate.converged
+    assert trace(objective, method="example-hutchinson", tolerance=0.9, max_products=60, seed=0).estimate.converged
+
+
+def test_time_ends_it():
+    objective, *_ = made()
+    found = trace(
+        objective, settings=TraceSettings(linalg_trace.Settings("controlled", 1e-6, max_seconds=1e-6)), seed=0
+    )
+    assert found.stage == "complete"
+    assert not found.estimate.converged
+    assert found.estimate.probes == 1
 
 
 def test_rounding_is_measured_and_products_are_checked():
@@ -437,21 +435,37 @@ class Shared(nn.Module):
 def test_variance_of_a_diagonal_entry():
     """Rung 2 and 5: Var d_j = sum_n sum_(k != j) (H_n)_jk^2 / (m W^2) with dense Hessians of single examples, also for rank-one signs.
 
-    A relative standard deviation from m = 600 normal samples has the error 1 / sqrt(2 m) = 3 %, of heavier tails some times that; the root
+    A relative standard deviation from m = 300 normal samples has the error 1 / sqrt(2 m) = 4 %, of heavier tails some times that; the root
     of the mean of all 26 squared ratios is nearer to 1.
     """
     with seeded(1):
         model = Shared().double()
     x, y = normal(12 * 5, 3, seed=1).view(12, 5, 3), classes(12, num=2, seed=2)
-    found = ExampleHutchinson(num_probes=600).estimate(Objective(model, F.cross_entropy, [(x, y)]), seed=0)
+    found = ExampleHutchinson(num_probes=300).estimate(Objective(model, F.cross_entropy, [(x, y)]), seed=0)
     single = [
         dense(model, lambda call, n=n: F.cross_entropy(call(x[n : n + 1]), y[n : n + 1])).hessian for n in range(12)
     ]
     H = torch.stack(single)
     off = H.square().sum(2) - H.diagonal(dim1=1, dim2=2).square()
-    predicted = (off.sum(0) / 600).sqrt() / 12
+    predicted = (off.sum(0) / 300).sqrt() / 12
     assert found.stderr is not None
     measured = torch.cat([error.flatten() for error in found.stderr.values()])
     ratio = measured / predicted
-    assert ratio.square().mean().sqrt().item() == pytest.approx(1.0, abs=0.05)
-    assert ((ratio - 1).abs() < 0.25).all()
+    assert ratio.square().mean().sqrt().item() == pytest.approx(1.0, abs=0.07)
+    assert ((ratio - 1).abs() < 0.35).all()
+
+
+def test_variance_of_a_sum_over_a_matrix_with_rank_one_signs():
+    """Rung 1: formula (2) of docs/concepts/diagonals.md against all 2^5 signs of a 2 x 3 matrix."""
+    A = normal(6, 6, seed=3)
+    H = (A + A.T).view(2, 3, 2, 3)
+    every = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5)), dtype=torch.float64)
+    V = (every[:, :2, None] * every[:, None, 2:]).flatten(1)
+    s = torch.einsum("sj,jk,sk->s", V, H.reshape(6, 6), V)
+    rows, columns = [(0, 1)], [(0, 1), (0, 2), (1, 2)]
+    corners = sum((H[o, i, p, k] + H[o, k, p, i]) ** 2 for o, p in rows for i, k in columns)
+    along = sum(H[:, i, :, k].diagonal().sum() ** 2 for i, k in columns)
+    across = sum(H[o, :, p, :].diagonal().sum() ** 2 for o, p in rows)
+    predicted = 4 * (corners + along + across)
+    assert s.var(unbiased=False).item() == pytest.approx(float(predicted), rel=1e-12)
+    assert s.mean().item() == pytest.approx(H.reshape(6, 6).trace().item(), rel=1e-12)

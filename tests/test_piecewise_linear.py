@@ -485,10 +485,11 @@ class Mapped(nn.Module):
 
 
 def test_a_layer_without_a_rule():
-    """Rung 2: one example after the other."""
+    """Rung 2; where it is sampled, the note says why."""
     with seeded(0):
         model = Mapped()
     x, y = examples(torch.float64)
     found = trace(Objective(model, F.cross_entropy, [(x, y)]), seed=0)
-    assert "piecewise linear" in found.estimate.reason
-    assert found.value == pytest.approx(truth(model).trace().item(), rel=1e-11)
+    assert abs(found.value - truth(model).trace().item()) <= 5 * found.estimate.stderr + 1e-11
+    said = [note for note in found.notes if "which is piecewise linear, could not be used" in note]
+    assert ["the parameter a has no rule" in note for note in said] == [True] * (not found.estimate.exact)

@@ -339,6 +339,22 @@ def test_a_package_that_is_on_the_path_twice_counts_once(tmp_path: Path, monkeyp
     assert names() == (*sorted(BUILT_IN), "ones")
 
 
+def test_a_damaged_distribution_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for _ in range(3):
+        install(tmp_path, monkeypatch, "ones = MODULE:Ones")
+    first, second, _ = sorted(tmp_path.glob("*.dist-info"))
+    (first / "entry_points.txt").write_bytes(b"[curvkit.estimators]\n\xff\xfe = a:b\n")
+    (second / "METADATA").unlink()
+    (second / "entry_points.txt").write_text("[curvkit.estimators]\ntwos = a:b\n")
+    assert "ones" in names()
+    assert build("ones", {"size": "2"}).size == 2.0  # pyright: ignore
+
+
+def test_a_name_that_is_not_there_cannot_be_described():
+    with pytest.raises(InvalidArgument, match="there is no estimator 'fishr'. The nearest is 'fisher'"):
+        describe("fishr")
+
+
 def test_an_own_one_whose_extra_is_missing_says_so(monkeypatch: pytest.MonkeyPatch):
     from curvkit.estimators import registry
 

@@ -177,8 +177,9 @@ def _refuse_difference(
             worst = (difference, name)
     limit = AGREES * torch.finfo(next(iter(found.values())).dtype).eps
     if not worst[0] <= limit:
+        where = "on all the data" if what == "the gradient" else "on a few examples"
         raise UnsupportedModel(
-            f"BackPACK({extension!r}): {what} of {worst[1]} by BackPACK is not that of the model: on a few examples they differ by "
+            f"BackPACK({extension!r}): {what} of {worst[1]} by BackPACK is not that of the model: {where} they differ by "
             f"{worst[0]:.1e} of the largest entry, where rounding leaves {limit:.0e}. BackPACK does not see all that the model does; or "
             "digits were lost, as in float32 where the loss is all but zero: then float64 helps. "
             f"Use {INSTEAD[extension]}."

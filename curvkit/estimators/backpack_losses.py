@@ -71,8 +71,6 @@ def refuse_outputs(outputs: Tensor, loss: nn.Module, extension: str) -> None:
         UnsupportedModel: Naming the shape.
     """
     shape, taken = tuple(outputs.shape), ""
-    if isinstance(loss, nn.CrossEntropyLoss) and outputs.ndim < 2:
-        taken = "[N, C] or [N, C, ...]"
     if isinstance(loss, nn.MSELoss) and outputs.ndim != 2:
         taken = "[N, D]"
     if isinstance(loss, nn.BCEWithLogitsLoss) and (outputs.ndim != 2 or shape[1] != 1):

@@ -23,7 +23,7 @@ from curvkit.operators.memory import release
 CHUNK_BYTES = 256 << 20
 """Batches are cut into runs of rows whose columns take no more."""
 TEMPORARIES = 4.5
-"""Tensors of the size of all columns at the widest place, at the same time: before and after a module, a square, and factors of the loss."""
+"""Tensors of the size of all columns at the widest place, at the same time: before and after a module, squares, factors of the loss."""
 BESIDE = 8 << 20
 """Bytes beside the columns: what torch's allocator and oneDNN keep."""
 BLOCK = 16

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from curvkit.estimators.convolution import Convolution, Window
 from curvkit.estimators.forms import Form
 from curvkit.estimators.layouts import Layout
-from curvkit.estimators.rule_parts import Names, by_channel
+from curvkit.estimators.rule_parts import Names, Rule, by_channel
 
 
-def convolution(
+def _convolution(
     names: Names,
     output: Tensor,
     x: Tensor,
@@ -25,6 +26,7 @@ def convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Iterator[Form]:
+    """torch.conv1d and torch.conv2d."""
     name, offset = names.name(weight), names.name(bias)
     if name is None and offset is None:
         return
@@ -76,3 +78,7 @@ class _Patches:
 def _each(value: Any, count: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * count if len(values) == 1 else values
+
+
+CONVOLUTION_RULES: dict[Any, Rule] = dict.fromkeys((torch.conv1d, torch.conv2d), _convolution)
+"""By the function that is called."""

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvkit import seeds
 from curvkit.errors import CurvkitError, UnsupportedModel
 from curvkit.estimators.recording import Recording
-from curvkit.estimators.scrutiny import Scrutiny
+from curvkit.estimators.scrutiny import Scrutiny, another_path
 from curvkit.losses.batches import rows
 from curvkit.objectives import Objective
+
+PURPOSE = "cotangents of outputs"
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ def coverage(objective: Objective) -> Coverage:
     for index, batch in enumerate(objective.batches):
         with objective.measuring():
             with Recording(parameters, rows(batch) or 0) as recording:
-                outputs, targets = objective.outputs(index)
-            z = outputs.detach().requires_grad_()
-            (s,) = torch.autograd.grad(objective.terms_of(z, targets).total, z)
+                outputs, _ = objective.outputs(index)
+            draw = seeds.generator(0, PURPOSE, index)
+            s = torch.randn(outputs.shape, generator=draw, dtype=torch.float64).to(outputs)
             scrutiny.look(batch, recording, outputs, s)
     refused = scrutiny.refused
     return Coverage(tuple(name for name in objective.parameters.names if name not in refused), refused)
@@ -69,10 +72,7 @@ def refuse_uncovered(estimator: str, refused: Mapping[str, str], ruled: Collecti
     """
     for name in refused:
         if name in ruled:
-            raise UnsupportedModel(
-                f"{estimator}: one batch uses {name} in another way than the first of its shape ({refused[name]}): the model takes another "
-                "path for some data. Leave the parameter out by patterns, or use Hutchinson."
-            )
+            raise UnsupportedModel(another_path(estimator, name, refused[name]))
 
 
 def refuse_not_finite(estimator: str, found: Mapping[str, Tensor]) -> None:

@@ -62,7 +62,7 @@ class Exact:
     Accuracy: rounding.
     Source: Dangel, Kunstner & Hennig (2020), BackPACK, for the GGN by backpropagated columns; Martens (2020), section 8, for piecewise
         linear networks. Differs: squares of several columns are added up before the product with those of the inputs.
-    Cost: `expected` says it. By products 2 n gradients, streamed 3.3 n; by structure for C outputs 4 + 0.3 C gradients where an example
+    Cost: `expected` says it. By products 2 n gradients, streamed 3.3 n; by structure for C outputs 3 + 0.3 C gradients where an example
         has one position in every layer, more where gradients of examples are written out; with sequences C counts the outputs of all
         positions.
 

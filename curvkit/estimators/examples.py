@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvkit.estimators.cotangents import pull
 from curvkit.estimators.coverage import Coverage, coverage, refuse_not_finite, refuse_uncovered
 from curvkit.estimators.mapped_examples import mapped_squares
 from curvkit.estimators.pooled_squares import PooledSquares
 from curvkit.estimators.recording import Recording
-from curvkit.estimators.scrutiny import pull
 from curvkit.estimators.uses import grouped
 from curvkit.losses.batches import rows
 from curvkit.objectives import Objective

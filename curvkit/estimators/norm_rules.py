@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from curvkit.errors import UnsupportedModel
 from curvkit.estimators.forms import Form
-from curvkit.estimators.rule_parts import Names, by_channel, elementwise, layout_of, offset
+from curvkit.estimators.rule_parts import Names, Rule, by_channel, elementwise, layout_of, offset
 
 
-def layer_norm(
+def _layer_norm(
     names: Names,
     output: Tensor,
     x: Tensor,
@@ -23,6 +24,7 @@ def layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Iterator[Form]:
+    """F.layer_norm."""
     layout = layout_of(names, output)
     name = names.name(weight)
     if name is not None:
@@ -30,16 +32,17 @@ def layer_norm(
     yield from offset(names, output, bias)
 
 
-def rms_norm(
+def _rms_norm(
     names: Names, output: Tensor, x: Tensor, shape: Sequence[int], weight: Any = None, eps: float | None = None
 ) -> Iterator[Form]:
+    """F.rms_norm."""
     name = names.name(weight)
     if name is not None:
         layout = layout_of(names, output)
         yield elementwise(name, layout, F.rms_norm(x, list(shape), None, eps), tuple(shape))
 
 
-def batch_norm(
+def _batch_norm(
     names: Names,
     output: Tensor,
     x: Tensor,
@@ -51,6 +54,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Iterator[Form]:
+    """F.batch_norm with fixed statistics, whose normalisation is linear."""
     if training:
         raise UnsupportedModel("BatchNorm in training mode couples the examples")
     tail = (-1, *(1,) * (output.ndim - 2))
@@ -64,8 +68,18 @@ def batch_norm(
     yield from by_channel(names, output, x, weight, bias, normal, linear)
 
 
-def group_norm(
+def _group_norm(
     names: Names, output: Tensor, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Iterator[Form]:
+    """F.group_norm."""
     normalised = None if names.name(weight) is None else F.group_norm(x, groups, None, None, eps)
     yield from by_channel(names, output, normalised, weight, bias)
+
+
+NORM_RULES: dict[Any, Rule] = {
+    **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
+    **dict.fromkeys((F.rms_norm, torch.rms_norm), _rms_norm),
+    F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
+}
+"""By the function that is called."""

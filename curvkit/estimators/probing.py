@@ -59,7 +59,7 @@ class Probing:
                 if form.factor is not None and form.factor.requires_grad:
                     factors.setdefault(id(form.factor), form.factor)
         self._places = {key: number for number, key in enumerate(factors)}
-        self._weights = [torch.zeros_like(x, requires_grad=True) for x in factors.values()]
+        self._weights = [x.detach().new_zeros(()).expand(x.shape).requires_grad_() for x in factors.values()]
         wanted: list[Any] = [*(use.output for use in recording.uses), *self._others.values()]
         found: tuple[Tensor | None, ...] = (None,) * len(wanted)
         if total.requires_grad and wanted:
@@ -123,6 +123,7 @@ class Probing:
                 retain_graph=not last,
                 allow_unused=True,
             )
+        del roots, cotangents
         with torch.no_grad():
             found = self._collected(drawn, moves, dots)
         for (name, v), product in zip(shared.items(), dots[len(self._uses) + len(self._weights) :], strict=True):
@@ -169,3 +170,18 @@ class Probing:
 
 def _total(parts: list[Tensor]) -> Tensor:
     return sum(parts[1:], start=parts[0])
+
+
+def moved_bytes(recording: Recording) -> int:
+    """Count what a probe holds beside the graph: gradients, changes and derivatives at all outputs and inputs of calls.
+
+    Args:
+        recording: Of a forward pass.
+
+    Returns:
+        Bytes.
+    """
+    outputs = sum(math.prod(use.shape) * use.kind.element_size() for use in recording.uses)
+    factors = {id(form.factor): form.factor for use in recording.uses for form in use.forms}
+    inputs = sum(x.numel() * x.element_size() for x in factors.values() if x is not None and x.requires_grad)
+    return 6 * outputs + 4 * inputs

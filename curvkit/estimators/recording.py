@@ -75,6 +75,7 @@ class Recording(TorchFunctionMode):
             InvalidArgument: If a pattern matches no name.
 
         Example:
+            >>> import torch
             >>> model = nn.Linear(2, 3)
             >>> with Recording.of(model) as recording:
             ...     _ = model(torch.ones(4, 2))

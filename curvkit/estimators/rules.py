@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.convolution_rule import convolution
+from curvkit.estimators.convolution_rule import CONVOLUTION_RULES
 from curvkit.estimators.forms import Form
 from curvkit.estimators.layouts import Layout
 from curvkit.estimators.lookups import Lookup
 from curvkit.estimators.matrices import Matrix
-from curvkit.estimators.norm_rules import batch_norm, group_norm, layer_norm, rms_norm
+from curvkit.estimators.norm_rules import NORM_RULES
 from curvkit.estimators.rule_parts import Names, Rule, elementwise, layout_of, offset
 
 
@@ -95,12 +95,9 @@ RULES: dict[Any, Rule] = {
     F.linear: _dense,
     torch.addmm: _addmm,
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
-    **dict.fromkeys((torch.conv1d, torch.conv2d), convolution),
+    **CONVOLUTION_RULES,
     F.embedding: _embedding,
-    **dict.fromkeys((F.layer_norm, torch.layer_norm), layer_norm),
-    **dict.fromkeys((F.rms_norm, torch.rms_norm), rms_norm),
-    F.batch_norm: batch_norm,
-    F.group_norm: group_norm,
+    **NORM_RULES,
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiplied),
     **dict.fromkeys(ADDS, _added),
 }

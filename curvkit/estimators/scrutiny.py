@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import UnsupportedModel, ran_out_of_memory
+from curvkit.estimators.cotangents import pull
 from curvkit.estimators.recording import Recording
 from curvkit.estimators.uses import grouped
 from curvkit.losses.batches import Batch, rows, take_rows, tensors
@@ -20,6 +21,8 @@ ROUNDING = 1e3
 """Outputs and gradients of rows together and apart may differ by so many eps of the largest of their kind."""
 CANCELLED = 1e2
 """Gradients of a parameter that cancel, by so many eps of the largest of all parameters."""
+MASKING = 1e4
+"""Outputs from this size on say nothing of the size of others."""
 ALL, PART = 64, 0.125
 """Batches of so many rows are run a second time as a whole; of larger ones this part, and at least so many rows."""
 APART = 2
@@ -56,16 +59,7 @@ class Scrutiny:
         self._paths: dict[Any, set[str]] = {}
         """Parameters with a rule in the first batch of a shape."""
         self._count = 0
-        if not objective.divisible:
-            raise UnsupportedModel(
-                f"{estimator}: the loss {objective.loss.name} is not known to be a sum over the rows of a batch. Use one of torch's "
-                "own losses, for example F.cross_entropy, or an estimator that needs no single examples: Hutchinson."
-            )
-        if any(rows(batch) is None for batch in objective.batches):
-            raise UnsupportedModel(
-                f"{estimator}: the tensors of a batch differ in dimension 0, so that its examples are not known. Put examples into "
-                "dimension 0 of each tensor, or use Hutchinson."
-            )
+        refuse_without_examples(objective, estimator)
 
     @property
     def refused(self) -> dict[str, str]:
@@ -86,7 +80,7 @@ class Scrutiny:
             batch: Its data.
             recording: Of the forward pass, all parameters looked for.
             outputs: In the graph, [N, ...].
-            s: Any cotangent of the outputs, one of its rows not zero if possible.
+            s: Any cotangent of the outputs; where it is zero, rules are not looked at, and the next batch of the kind is.
             pulled: dL/dz of the recorded calls for s, if they are there already.
 
         Returns:
@@ -106,6 +100,8 @@ class Scrutiny:
                 refused |= dict.fromkeys((form.name for form in use.forms), "what it is multiplied with is overwritten")
         key = (shapes, calls, frozenset(refused))
         if key not in self._found:
+            if not bool(s.any()):
+                return refused  # no gradient to see, and none to add
             if pulled is None:
                 pulled = pull(outputs, recording, s)
             self._compare(batch, recording, pulled, s, refused)
@@ -116,10 +112,7 @@ class Scrutiny:
     def _refuse_another_path(self, shapes: Any, refused: dict[str, str]) -> None:
         ruled = {name for name in self._objective.parameters.names if name not in refused}
         for name in sorted(self._paths.setdefault(shapes, ruled) - ruled):
-            raise UnsupportedModel(
-                f"{self._estimator}: one batch uses {name} in another way than the first of its shape ({refused[name]}): the model takes "
-                "another path for some data. Leave the parameter out by patterns, or use Hutchinson."
-            )
+            raise UnsupportedModel(another_path(self._estimator, name, refused[name]))
 
     def _refuse_mixed_rows(self, batch: Batch, outputs: Tensor) -> None:
         """Run rows in another company."""
@@ -129,9 +122,7 @@ class Scrutiny:
         self._count += 1
         if N < 2 or bool(z.isnan().any()):
             return
-        limit = (
-            ROUNDING * torch.finfo(z.dtype).eps * z.masked_fill(z.isinf(), 0.0).abs().max().item() if z.numel() else 0.0
-        )
+        limit = ROUNDING * torch.finfo(z.dtype).eps * _sizes(z)
         for part in _parts(N, self._count):
             try:
                 again = self._outputs_again(take_rows(batch, part))
@@ -143,9 +134,11 @@ class Scrutiny:
             before = z[part.to(z.device)]
             if before.shape != again.shape:
                 self._refuse_coupled(f"{len(part)} of its {N} rows have outputs of shape {tuple(again.shape)}")
-            difference = _largest(torch.where(before == again, 0.0, before - again))
-            if not difference <= limit:
-                self._refuse_coupled(f"outputs of {len(part)} of its {N} rows, run apart, differ by {difference:.1e}")
+            difference = torch.where(before == again, 0.0, before - again).abs()
+            if not bool((difference <= limit[part.to(z.device)]).all()):
+                self._refuse_coupled(
+                    f"outputs of {len(part)} of its {N} rows, run apart, differ by {_largest(difference):.1e}"
+                )
 
     def _outputs_again(self, batch: Batch) -> Tensor:
         one = self._objective.with_batches([batch])
@@ -219,24 +212,43 @@ class Scrutiny:
         return torch.autograd.grad(outputs, one.tensors, s[index].to(outputs), allow_unused=True)
 
 
-def pull(outputs: Tensor, recording: Recording, s: Tensor, *, keep: bool = True) -> tuple[Tensor | None, ...]:
-    """Send a cotangent of the outputs back to the calls that were recorded.
+def refuse_without_examples(objective: Objective, estimator: str) -> None:
+    """Refuse data whose rows cannot be examples; nothing is run.
 
     Args:
-        outputs: In the graph.
-        recording: Of their forward pass.
-        s: Of the shape of the outputs.
-        keep: Whether the graph will be used again.
+        objective: The function.
+        estimator: For messages.
+
+    Raises:
+        UnsupportedModel: If the loss is not known to be a sum over rows, or tensors of a batch differ in dimension 0.
+    """
+    if not objective.divisible:
+        raise UnsupportedModel(
+            f"{estimator}: the loss {objective.loss.name} is not known to be a sum over the rows of a batch. Use one of torch's "
+            "own losses, for example F.cross_entropy, or an estimator that needs no single examples: Hutchinson."
+        )
+    if any(rows(batch) is None for batch in objective.batches):
+        raise UnsupportedModel(
+            f"{estimator}: the tensors of a batch differ in dimension 0, so that its examples are not known. Put examples into "
+            "dimension 0 of each tensor, or use Hutchinson."
+        )
+
+
+def another_path(estimator: str, name: str, reason: str) -> str:
+    """Say that a batch uses a parameter in another way than those that were looked at.
+
+    Args:
+        estimator: That refuses it.
+        name: Of the parameter.
+        reason: Why it has no rule there.
 
     Returns:
-        For each call J's, in the shape of what came out; None where the outputs do not depend on it.
-
-    Cost: a backward pass without gradients of the parameters.
+        The message.
     """
-    calls = [use.output for use in recording.uses]
-    if not calls or not outputs.requires_grad:
-        return (None,) * len(calls)
-    return torch.autograd.grad(outputs, calls, s, retain_graph=keep, allow_unused=True)
+    return (
+        f"{estimator}: one batch uses {name} in another way than the first of its shape ({reason}): the model takes another path for "
+        "some data. Leave the parameter out by patterns, or use Hutchinson."
+    )
 
 
 def _parts(N: int, index: int) -> Iterator[Tensor]:
@@ -255,6 +267,13 @@ def _difference(found: list[Tensor], truth: Tensor | None) -> float:
     terms = [g[0] if truth is not None and g.ndim > truth.ndim else g for g in found]
     total = sum(terms[1:], start=terms[0]) if terms else torch.zeros(1)
     return _largest(total if truth is None else total - truth if terms else truth)
+
+
+def _sizes(z: Tensor) -> Tensor:
+    """What rounding of outputs is measured by: the largest of all, but for those that mask a class by -1e9 and the like."""
+    size = z.abs().nan_to_num(posinf=0.0)
+    usual = size[size < MASKING]
+    return size.clamp(min=_largest(usual)) if usual.numel() else size
 
 
 def _largest(tensor: Tensor) -> float:

@@ -82,6 +82,25 @@ def denominator_of(loss: KnownLoss, weight: float) -> float:
     return weight
 
 
+def refuse_half_precision(estimator: str, recording: Recording) -> None:
+    """Refuse second derivatives of what was computed in half precision.
+
+    Args:
+        estimator: For messages.
+        recording: Of the forward pass.
+
+    Raises:
+        UnsupportedModel: Naming the parameter.
+    """
+    for use in recording.uses:
+        if use.kind.dtype.itemsize < 4:
+            raise UnsupportedModel(
+                f"{estimator}.from_recording: a call of {use.forms[0].name} was computed in {use.kind.dtype}, whose rounding second "
+                "derivatives do not survive. Record the pass without torch.autocast and with parameters in float32, use estimate(), which "
+                "raises the precision, or use Fisher."
+            )
+
+
 @contextlib.contextmanager
 def twice_differentiable(estimator: str) -> Generator[None]:
     """Say what to do where a layer of a model in training has no second derivative.
@@ -131,9 +150,12 @@ def refuse_unfit(estimator: str, recording: Recording, outputs: Any) -> None:
             "evaluation mode, or normalise by groups or layers."
         )
     for parameter, reason in recording.refused.items():
+        layer = (
+            type(recording.model.get_submodule(parameter.rpartition(".")[0])).__name__ if recording.model else "model"
+        )
         raise UnsupportedModel(
-            f"{name}: {parameter} has no rule ({reason}). Leave it out, recording(model, parameters=[...]), or use estimate(), which "
-            "treats it in another way."
+            f"{name}: {parameter} ({layer}) has no rule ({reason}). Leave it out, recording(model, parameters=[...]), or use "
+            "estimate(), which treats it in another way."
         )
     for use in recording.uses:
         if use.overwritten:

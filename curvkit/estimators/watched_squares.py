@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from curvkit.errors import CurvkitError, ran_out_of_memory
+from curvkit.estimators.cotangents import pull
 from curvkit.estimators.coverage import refuse_not_finite
 from curvkit.estimators.forms import Form
 from curvkit.estimators.mapped_examples import mapped_squares
 from curvkit.estimators.matrices import Matrix
 from curvkit.estimators.recording import Recording
 from curvkit.estimators.scales import Scale
-from curvkit.estimators.scrutiny import Scrutiny, pull
+from curvkit.estimators.scrutiny import Scrutiny
 from curvkit.estimators.uses import grouped, summed_squares
 from curvkit.losses.batches import Batch, map_tensors, rows
 from curvkit.objectives import Objective
@@ -165,12 +166,13 @@ class WatchedSquares:
         z = outputs.detach()
         weight = objective.terms_of(z, targets).weight
         s = cotangent(run, outputs, targets)
-        looked = run in self._looked
         pulled = pull(outputs, recording, s, keep=False)
         del outputs
-        if not looked:
-            self._looked[run] = self._scrutiny.look(batch, recording, z, s, pulled)
-        refused = self._looked[run]
+        refused = self._looked.get(run)
+        if refused is None:
+            refused = self._scrutiny.look(batch, recording, z, s, pulled)
+            if bool(s.any()):
+                self._looked[run] = refused
         found = mapped_squares(objective, batch, s, refused) | recorded_squares(recording, pulled, refused)
         return {n: found[n] if n in found else torch.zeros_like(p) for n, p in parameters.items()}, weight
 

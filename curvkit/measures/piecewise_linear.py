@@ -11,13 +11,11 @@ from torch import Tensor
 
 from curvkit.estimators.expected import held_bytes
 from curvkit.estimators.ggn_structure import GGNStructure, predicted_gradients
-from curvkit.estimators.piecewise_proof import CHECKED, diagonals_are_equal
+from curvkit.estimators.piecewise_proof import diagonals_are_equal
 from curvkit.losses.batches import map_tensors, rows
 from curvkit.objectives import Objective
 from curvkit.operators import Hessian
 from curvkit.results.journal import NOTHING_KEPT, Journal, Kept
-
-__all__ = ["CHECKED", "REASON", "applies", "ggn_diagonal_sums", "predicted_products", "probes_expected"]
 
 REASON = "a piecewise linear network: the trace is that of the GGN, a sum of squares over examples and outputs"
 PROBES, AT = 100, 0.05
@@ -33,13 +31,13 @@ def applies(objective: Objective, seed: int, *, most: float = math.inf) -> bool:
 
     Args:
         objective: As measured.
-        seed: Of the choice of the entries that are compared, see `diagonals_are_equal`.
+        seed: Of the signs of the check, see `diagonals_are_equal`.
         most: Hessian products that it may cost, by `predicted_products`.
 
     Returns:
         False for anything that raises, too.
 
-    Cost: a few forward passes, and on four examples 16 products per parameter tensor.
+    Cost: a few forward passes, and on four examples two products per parameter tensor.
     """
     try:
         if not predicted_products(objective) <= most:

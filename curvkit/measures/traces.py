@@ -253,8 +253,8 @@ def _by_structure(
         probes=0,
         products=0,
         method="exact",
-        reason=f"{piecewise_linear.REASON}, {cost}, {'as asked' if search.method == 'exact' else compared}; checked on up to "
-        f"{piecewise_linear.CHECKED} diagonal entries of each parameter tensor",
+        reason=f"{piecewise_linear.REASON}, {cost}, {'as asked' if search.method == 'exact' else compared}; checked by "
+        "products with random signs on each parameter tensor",
         converged=False,
         tolerance=search.tolerance,
         absolute_tolerance=search.absolute_tolerance,
