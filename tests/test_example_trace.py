@@ -191,6 +191,12 @@ def test_auto_takes_what_pays():
     whole = BatchLoss(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
     unknown = Objective(objective.model, whole, [(x, y)])
     assert trace(unknown, tolerance=0.9, max_products=31, seed=0).estimate.method not in METHODS
+    with seeded(0):
+        wide = nn.Sequential(
+            nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 60, 3), nn.Tanh(), nn.Flatten(), nn.Linear(240, 1)
+        ).double()
+    positions = Objective(wide, F.mse_loss, [(x, x[:, :1])])  # 240 of 481 parameters are those of a convolution
+    assert trace(positions, tolerance=0.9, max_products=31, seed=0).estimate.method not in METHODS
     odd, *_ = made("tied, shared and without rules")  # 35 + 30 + 20 of 230 parameters have rules
     assert trace(odd, tolerance=0.9, max_products=31, seed=0).estimate.method not in METHODS
 

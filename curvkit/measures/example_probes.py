@@ -228,6 +228,31 @@ class ExampleProbes:
         return total / self.objective.denominator(weights)
 
 
+def without_rank_one(objective: Objective, covered: Coverage) -> frozenset[str]:
+    """Which parameters are not moved by rank-one signs, whose sums over a matrix vary more than independent signs would let them.
+
+    Args:
+        objective: The function.
+        covered: Which parameters have rules.
+
+    Returns:
+        Names of ruled parameters: no matrices, or matrices that are used once, at one position.
+
+    Cost: a forward pass of the first batch.
+    """
+    own: Any = dict(zip(objective.parameters.names, objective.tensors, strict=True))
+    with objective.measuring(), Recording({n: own[n] for n in covered.ruled}, rows(objective.batches[0]) or 0) as seen:
+        objective.outputs(0)
+    forms = [(form, use) for use in seen.uses for form in use.forms]
+    named = [form.name for form, _ in forms]
+    heavy = {
+        form.name
+        for form, use in forms
+        if form.factored and (named.count(form.name) > 1 or not _has_one_position(form, use))
+    }
+    return frozenset(set(covered.ruled) - heavy)
+
+
 def _signs(like: Tensor, purpose: str, shape: Sequence[int] | None, seed: int, draw: int) -> Tensor:
     shape = tuple(like.shape) if shape is None else tuple(shape)
     return seeds.signs(math.prod(shape), seed, purpose, draw, dtype=like.dtype, device=like.device).view(shape)
