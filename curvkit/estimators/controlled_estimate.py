@@ -60,7 +60,7 @@ class Controlled:
 
     Args:
         inner: Estimates the residual: `Hutchinson`, `ExampleHutchinson`, or another one that has `estimate_residual`.
-        by: Gives diag G: `Exact("ggn")`, or `Fisher`, which is unbiased for it.
+        by: Gives diag G: `Exact("ggn")`, by default at no more than 1000 gradients, or `Fisher`, which is unbiased for it.
 
     Accuracy: unbiased; the variance is that of `inner` on H - G.
     Source: ours; control variates in general are in Owen (2013), chapter 8.
@@ -76,7 +76,7 @@ class Controlled:
     """
 
     inner: ResidualEstimator = field(default_factory=Hutchinson)
-    by: DiagonalEstimator = field(default_factory=lambda: Exact("ggn"))
+    by: DiagonalEstimator = field(default_factory=lambda: Exact("ggn", max_gradients=1_000.0))
     matrix: ClassVar[str] = "hessian"
 
     def __post_init__(self) -> None:
