@@ -33,7 +33,6 @@ from curvkit.estimators import (
     BackPACK,
     Controlled,
     Deflated,
-    DiagonalEstimate,
     DiagonalEstimator,
     EmpiricalFisher,
     Exact,
@@ -46,6 +45,7 @@ from curvkit.estimators import (
     XDiag,
 )
 from curvkit.operators import Hessian
+from curvkit.results import DiagonalEstimate
 
 warnings.filterwarnings("ignore")
 CONTENDERS: tuple[DiagonalEstimator, ...] = (
@@ -166,7 +166,15 @@ def table(case: Case, name: str, *, runs: int, coordinates: int) -> None:
         off = "" if trace is None else f"{statistics.fmean((one.trace / trace - 1) ** 2 for one in found) ** 0.5:.1e}"
         cost = statistics.median(times) / statistics.median(gradients)
         row(case.name, estimator, found[0].matrix, f"{cost:.1f}", peak(name, repr(estimator)), f"{error:.2g}", off)
-    row(case.name, f"truth: {truth.how}", "", "", "", "", "")
+    row(
+        case.name,
+        f"truth: {truth.how}",
+        "",
+        "",
+        "",
+        f"{truth.size.sqrt().item():.3g}",
+        "" if trace is None else f"{trace:.6g}",
+    )
 
 
 def saved(case: Case) -> None:
