@@ -1,6 +1,6 @@
 """Estimators of the Hessian's diagonal side by side: cost, memory and true error; and what signs per example gain over shared ones.
 
-    python benchmarks/diagonals.py [mlp resnet decoder] [--parts table curve] [--runs 5] [--coordinates 200]
+    python benchmarks/diagonals.py [mlp resnet decoder] [--parts table curve] [--only Fisher ...] [--runs 5] [--coordinates 200]
 
 The truth is the whole diagonal of the Hessian where it is known exactly (piecewise linear models: MLP and ResNet-20), and else a sample of
 its coordinates by products with unit vectors, drawn half evenly and half by the squares of a first estimate, and weighted by one over
@@ -60,6 +60,7 @@ CONTENDERS: tuple[DiagonalEstimator, ...] = (
     ExampleHutchinson(num_probes=10),
     Controlled(Hutchinson(num_probes=12)),
     Controlled(ExampleHutchinson()),
+    Controlled(ExampleHutchinson(), by=Fisher(num_samples=4)),
     XDiag(num_products=30),
     Deflated(Hutchinson(num_probes=15), rank=15),
     Lanczos(rank=10),
@@ -147,10 +148,10 @@ def row(*cells: object) -> None:
     print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
-def table(case: Case, name: str, *, runs: int, coordinates: int) -> None:
+def table(case: Case, name: str, chosen: list[DiagonalEstimator], *, runs: int, coordinates: int) -> None:
     truth, objective = Truth.of(case, coordinates), case.objective()
     trace = truth.values.sum().item() if truth.chosen is None else None
-    for estimator in CONTENDERS:
+    for estimator in chosen:
         try:
             estimator.estimate(objective, seed=10**5)  # once for warming up
         except CurvkitError as error:
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=["mlp", "resnet", "decoder"])
     parser.add_argument("--parts", nargs="*", default=["table", "curve"])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--only", nargs="*", help="classes of estimators; default: all", default=[])
     parser.add_argument("--coordinates", type=int, default=200)
     parser.add_argument("--alone", help="an estimator; prints the peak of its memory and what was foreseen, in MiB")
     arguments = parser.parse_args()
@@ -250,7 +252,8 @@ def main() -> None:
         )
         print("|---|---|---|---|---|---|---|")
         for name, case in cases.values():
-            table(case, name, runs=arguments.runs, coordinates=arguments.coordinates)
+            chosen = [it for it in CONTENDERS if not arguments.only or type(it).__name__ in arguments.only]
+            table(case, name, chosen, runs=arguments.runs, coordinates=arguments.coordinates)
             saved(case)
     if "curve" in arguments.parts:
         row("model", "batch", "times fewer gradients, diagonal", "times smaller error", "times fewer gradients, trace")
