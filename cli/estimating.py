@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 UNMEASURED = ("second_moment",)
 """What neither the loss nor the data has a part in."""
-SECOND_DERIVATIVES = "hessian"
-"""The matrix whose estimators differentiate twice."""
+SECOND_DERIVATIVES = ("hessian", "hessian_top")
+"""Matrices whose estimators differentiate twice."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _preflight(objective: Objective, chosen: Chosen, it: Estimation) -> Prefligh
 
 
 def _differentiates_twice(chosen: Chosen) -> bool:
-    return getattr(chosen.estimator, "matrix", None) == SECOND_DERIVATIVES
+    return getattr(chosen.estimator, "matrix", None) in SECOND_DERIVATIVES
 
 
 def _estimate(objective: Objective, chosen: Chosen, it: Command) -> DiagonalEstimate:

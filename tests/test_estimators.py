@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from curvkit import BatchLoss, Objective
 from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
-from curvkit.estimators import EmpiricalFisher, ExampleHutchinson, Fisher, Hutchinson, SquaredGradient
+from curvkit.estimators import EmpiricalFisher, Exact, ExampleHutchinson, Fisher, Hutchinson, SquaredGradient, interval
 from curvkit.estimators.coverage import coverage
 from curvkit.losses import token_cross_entropy
 from curvkit.operators import GGN
@@ -287,6 +287,63 @@ def test_squared_gradient_has_the_mean_of_the_fisher():
     assert 1.0 < ratio.median() < 1.8  # sqrt(2) for a normal gradient
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_squared_gradients_of_uneven_batches_have_the_mean_of_the_fisher(reduction: Any):
+    """Rung 5: each batch counts by its terms; of a sum nothing is divided."""
+    case = CASES["mlp"]
+    with seeded(1):
+        model = case.make().double()
+    objective = Objective(model, nn.CrossEntropyLoss(reduction=reduction), cut((1, 5), case.x, case.y))
+    truth = ggn_diagonal(objective)
+    estimator = SquaredGradient(num_batches=2)
+    drawn = torch.stack([flat(estimator.estimate(objective, seed=seed).values) for seed in range(600)])
+    z = (drawn.mean(0) - truth) / (drawn.std(0) / math.sqrt(len(drawn)))
+    assert z.abs().max() < 5.0
+    assert abs(drawn.mean(0).sum() / truth.sum() - 1) < 0.15
+
+
+def test_a_gradient_that_two_parameters_share():
+    """Closed form: two offsets have one and the same gradient, which is squared for each and once."""
+
+    class Offsets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.zeros(1, 2).double()) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.a + self.b + self.c.sum()
+
+    objective = Objective(Offsets(), F.cross_entropy, [(torch.tensor([[0.3, -0.4]]).double(), torch.tensor([0]))])
+    found = SquaredGradient().estimate(objective, seed=0)
+    p = torch.tensor([0.3, -0.4]).double().softmax(0)
+    possible = [(p - F.one_hot(torch.tensor(label), 2)).square() for label in range(2)]
+    assert any(torch.allclose(found.values["a"][0], square) for square in possible)
+    assert torch.equal(found.values["a"], found.values["b"])
+    assert found.values["c"].abs().max() < 1e-12  # softmax: what is added to all classes changes nothing
+
+
+def test_half_precision_is_foreseen_as_it_is_computed():
+    with seeded(1):
+        model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)).bfloat16()
+    objective = Objective(model, F.cross_entropy, [(normal(N, 40).bfloat16(), LABELS)])
+    for estimator in (Fisher(), EmpiricalFisher(), SquaredGradient(), Hutchinson(), ExampleHutchinson()):
+        foreseen = estimator.expected(objective).peak_bytes(objective)
+        assert foreseen == estimator.estimate(objective, seed=0).cost.peak_bytes
+
+
+def test_autocast_that_was_switched_off_is_said():
+    class Casting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    with seeded(1):
+        objective = Objective(Casting(5, 3), F.cross_entropy, [(normal(N, 5).float(), LABELS)])
+    for estimator in (Fisher(), EmpiricalFisher(), SquaredGradient(), Hutchinson(), ExampleHutchinson(), Exact("ggn")):
+        notes = estimator.estimate(objective, seed=0).notes
+        assert sum("autocast by itself, which was switched off" in note for note in notes) == 1
+
+
 def test_three_matrices_are_three():
     """At random labels the empirical Fisher is another matrix than the Fisher, and the Fisher is the GGN but not the Hessian."""
     case = CASES["mlp"]
@@ -495,6 +552,34 @@ def test_saved_and_loaded(tmp_path: Path):
     assert [layer.stderr for layer in again.layers] == [layer.stderr for layer in found.layers]
     assert list(again.values) == list(found.values)
     assert [p.name for p in tmp_path.iterdir()] == ["d.safetensors"]
+    assert (found.record, again.record) == (None, {"seed": 4})
+    assert DiagonalEstimate.load(again.save(tmp_path / "d.safetensors")).record == {"seed": 4}
+
+
+def test_intervals_of_entries():
+    objective = CASES["mlp"].objective()
+    found = Fisher(num_samples=30).estimate(objective, seed=0)
+    low, high = interval(found)
+    assert found.stderr is not None
+    for name, value in found.values.items():
+        assert torch.allclose(
+            high[name] - value, 2.0452 * found.stderr[name], rtol=1e-4
+        )  # t with 29 degrees of freedom
+        assert torch.allclose(low[name] + high[name], 2 * value)
+    truth = ggn_diagonal(objective)
+    inside = (flat(low) <= truth) & (truth <= flat(high))
+    assert inside.double().mean() > 0.8
+    exact = EmpiricalFisher().estimate(objective)
+    assert all(torch.equal(bound[name], value) for bound in interval(exact) for name, value in exact.values.items())
+
+
+def test_an_interval_of_one_sample_is_refused():
+    one = Fisher().estimate(CASES["mlp"].objective(), seed=0)
+    with pytest.raises(
+        InvalidArgument,
+        match=r"interval: Fisher\(num_samples=1\) took 1 sample, from which no error is known. Take at least",
+    ):
+        interval(one)
 
 
 def test_another_file_is_no_diagonal(tmp_path: Path):

@@ -19,6 +19,7 @@ from curvkit.estimators import Exact, Fisher, unit_products
 from curvkit.estimators.exact_ways import duration
 from curvkit.estimators.expected import refuse_too_large
 from curvkit.estimators.ggn_structure import GGNStructure, count_columns, predicted_gradients
+from curvkit.measures import piecewise_linear
 from curvkit.models import ResNet
 from curvkit.operators import Hessian
 
@@ -152,11 +153,96 @@ def test_pieces_are_halved_where_memory_runs_out():
     parts, parts_weight = structure.sums(piece)
     assert (weight, parts_weight) == (6.0, 6.0)
     assert (flat(parts) - flat(whole)).abs().max() <= EXACT * flat(whole).abs().max()
+    one = structure.pieces(1)[0]
     model.most = 0
     with pytest.raises(
         CurvkitError, match="Exact: out of memory with the graph of one example .OutOfMemoryError: CUDA"
     ):
-        structure.sums(structure.pieces(1)[0])
+        structure.sums(one)
+
+
+class TimeFirst(nn.Module):
+    """Layers on [T, N, C], whose rules cannot tell time from examples where N = T; of more than `most` rows memory runs out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with seeded(0):
+            self.a, self.b = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+        self.most = 1 << 30
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return self.b(torch.relu(self.a(x.transpose(0, 1)))).sum(0)
+
+
+def time_first(number: int, steps: int) -> tuple[Objective, Tensor]:
+    """An objective, and the diagonal of its GGN."""
+    model, x, y = TimeFirst(), normal(number * steps, 3).view(number, steps, 3), classes(number, num=3, seed=2)
+    return Objective(model, F.cross_entropy, [(x, y)]), dense_ggn(model, F.cross_entropy, [(x, y)]).diagonal()
+
+
+@pytest.mark.parametrize(("number", "steps", "size"), [(8, 4, 8), (8, 4, 4), (8, 4, 3), (11, 5, 6), (8, 4, 1)])
+def test_rules_are_checked_on_pieces(number: int, steps: int, size: int, monkeypatch: pytest.MonkeyPatch):
+    """Rung 2: of 8 rows pieces of 4, which is T; of 11 the last one of 5, which is T."""
+    monkeypatch.setattr("curvkit.estimators.exact_diagonal.rows_of_a_piece", lambda objective: size)
+    objective, truth = time_first(number, steps)
+    assert error(Exact("ggn", way="structure").estimate(objective), truth) <= EXACT
+
+
+@pytest.mark.parametrize("most", [7, 4, 2])
+def test_rules_are_checked_on_halves(most: int):
+    """Rung 2: of 8 rows halves of 4, which is T; memory runs out in the checks already, which look at what is run."""
+    objective, truth = time_first(8, 4)
+    objective.model.most = most  # pyright: ignore
+    assert error(Exact("ggn", way="structure").estimate(objective), truth) <= EXACT
+
+
+def test_rules_are_checked_on_pieces_of_a_trace(monkeypatch: pytest.MonkeyPatch):
+    """Rung 2: a first piece of 4 rows, which is T."""
+    monkeypatch.setattr(piecewise_linear, "FIRST", 4)
+    objective, truth = time_first(8, 4)
+    *_, (share, sums) = piecewise_linear.ggn_diagonal_sums(objective)
+    assert share == 1.0
+    lengths = [entry.numel for entry in objective.parameters.entries]
+    assert sums.tolist() == pytest.approx([part.sum().item() for part in truth.split(lengths)], rel=EXACT)
+
+
+class Centred(nn.Module):
+    """The mean of the batch is taken off; of more than `most` rows memory runs out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with seeded(0):
+            self.a = nn.Linear(5, 3).double()
+        self.most = 1 << 30
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return self.a(x - x.mean(0))
+
+
+def test_coupled_rows_are_not_cut(monkeypatch: pytest.MonkeyPatch):
+    """Pieces of one row show no coupling."""
+    model = Centred()
+    objective = Objective(model, F.cross_entropy, [(normal(N, 5), LABELS)])
+    structure = GGNStructure.of(objective, "Exact")
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"Exact: a batch of 6 rows is to be cut into pieces for lack of memory, and its rows are not shown to be examples of their "
+        r"own .*Use products",
+    ):
+        structure.pieces(1)
+    [piece] = structure.pieces(N)
+    model.most = 5
+    with pytest.raises(UnsupportedModel, match=r"a batch of 6 rows is to be cut .*CUDA out of memory"):
+        structure.sums(piece)
+    model.most = 1 << 30
+    monkeypatch.setattr("curvkit.estimators.exact_diagonal.rows_of_a_piece", lambda objective: 1)
+    found = Exact("ggn").estimate(objective)
+    assert found.notes[0].startswith("by products")
+    assert error(found, dense_ggn(model, F.cross_entropy, [(normal(N, 5), LABELS)]).diagonal()) <= EXACT
 
 
 def test_how_far_it_is():

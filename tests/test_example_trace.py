@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from curvkit_cli.main import run
 from oracles import classes, cut, dense, normal, seeded, surroundings
 from safetensors.torch import load_file, save_file
 from samples import TRAIN
+from test_ggn import dense_ggn
 from test_journal import Memory
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from curvkit import BatchLoss, Objective
 from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
 from curvkit.estimators import ExampleHutchinson
 from curvkit.estimators.coverage import coverage
+from curvkit.estimators.scrutiny import Scrutiny
 from curvkit.linalg import DenseMap, stopping, student
 from curvkit.linalg import trace as linalg_trace
 from curvkit.linalg.certificate import AS_COMPUTED
@@ -31,8 +34,11 @@ from curvkit.linalg.hutchinson import Draws
 from curvkit.linalg.trace_check import Witness
 from curvkit.measures import TraceSettings, forecast_trace, trace, trace_steps
 from curvkit.measures.example_probes import ExampleProbes
+from curvkit.measures.example_trace import ExampleTrace
+from curvkit.measures.example_way import chosen
 from curvkit.measures.restored import trace_of
 from curvkit.measures.verified_trace import verify_trace
+from curvkit.operators import Hessian
 from curvkit.results.journal import NOTHING_KEPT
 
 ROWS = (13, 27)
@@ -142,6 +148,75 @@ def test_a_layer_with_one_position_has_less_variance_than_signs_at_its_inputs_gi
     source = ExampleProbes(objective, coverage(objective), residual=False, seed=0, keep=True)
     rows = torch.stack([source.row(i) for i in range(5)])
     assert rows[:, 0] == pytest.approx(torch.full((5,), 12.0).double(), rel=1e-12)  # tr = 2 * 6 * 2 outputs / 2
+
+
+class TimeFirst(nn.Module):
+    """Layers on [T, N, C], whose rules cannot tell time from examples where N = T."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x.transpose(0, 1)))).sum(0)
+
+
+def time_first() -> tuple[Objective, Tensor, Tensor]:
+    with seeded(3):
+        model = TimeFirst().double()
+    x, y = normal(40 * 5, 3, seed=1).view(40, 5, 3), classes(40, num=3, seed=2)
+    return Objective(model, F.cross_entropy, [(x, y)]), x, y
+
+
+@pytest.mark.parametrize("parts", [1, 7, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_rules_are_checked_on_parts(method: Any, parts: int):
+    """Rung 2 and 5: 40 rows in 8 parts of 5, which is T, or in 7 of 6 rows and, last, 4; as in `test_samples_are_unbiased`."""
+    objective, x, y = time_first()
+    H = dense(objective.model, lambda call: F.cross_entropy(call(x), y)).hessian
+    plan = replace(Hessian(objective).plan, micro_batches=parts)
+    way = chosen(objective, linalg_trace.Settings(method))  # of the whole batch
+    assert way is not None
+    it = ExampleTrace(objective, plan, way, 0)
+    G = dense_ggn(objective.model, F.cross_entropy, [(x, y)]) if method == "controlled" else torch.zeros_like(H)
+    known = it.known(NOTHING_KEPT)
+    assert (known - part_sums(objective, G)).abs().max().item() <= 1e-12 * G.abs().sum().item()
+    rows = torch.stack([it.probes().row(i) for i in range(100)])
+    off = (rows.mean(0) - part_sums(objective, H - G)).abs()
+    assert (off <= 4.5 * rows.std(0) / 100**0.5 + 1e-12).all()
+    rounding = it.rounding(NOTHING_KEPT)
+    assert rounding is not None
+    assert rounding <= 1e-12  # float64 on both sides
+
+
+def test_a_trace_in_parts_holds_and_is_verified(monkeypatch: pytest.MonkeyPatch):
+    """Rung 2: a whole run in 8 parts of T rows, and the check of its samples and its exact part."""
+    objective, x, y = time_first()
+    truth = dense(objective.model, lambda call: F.cross_entropy(call(x), y)).hessian.trace().item()
+    operator = Hessian(objective)
+    operator.plan = replace(operator.plan, micro_batches=8, residency="streamed")
+    way = chosen(objective, linalg_trace.Settings("controlled"), operator.plan)
+    assert way is not None
+    assert way.parts == 8
+    it = ExampleTrace(objective, operator.plan, way, 0)
+    draws = next(itertools.islice(it.told(NOTHING_KEPT, asked=True), 60, None))[0]
+    assert abs(draws.value - truth) <= 5 * draws.stderr
+
+
+def test_a_fault_of_the_program_is_no_reason_for_products(monkeypatch: pytest.MonkeyPatch):
+    objective, *_ = made()
+
+    def faulty(*_: Any) -> Any:
+        raise AttributeError("a fault")
+
+    monkeypatch.setattr(Scrutiny, "look", faulty)
+    with pytest.raises(AttributeError, match="a fault"):
+        trace(objective, tolerance=0.9, max_products=31, seed=0)
+    with seeded(0):
+        rectified = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3)).double()
+    piecewise = Objective(rectified, F.cross_entropy, objective.batches)
+    with pytest.raises(AttributeError, match="a fault"):
+        trace(piecewise, method="exact", seed=0)
 
 
 # ---- the measurement -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from curvkit.estimators.exact_diagonal import Exact
 from curvkit.estimators.example_hutchinson import ExampleHutchinson
 from curvkit.estimators.fisher import Fisher
 from curvkit.estimators.hutchinson import Hutchinson
+from curvkit.estimators.intervals import interval
 from curvkit.estimators.lanczos_diagonal import Lanczos
 from curvkit.estimators.optimizer_state_diagonal import OptimizerState
 from curvkit.estimators.protocol import DiagonalEstimator, TrainingEstimator
@@ -29,4 +30,5 @@ __all__ = [
     "SquaredGradient",
     "TrainingEstimator",
     "XDiag",
+    "interval",
 ]

@@ -121,7 +121,7 @@ class Controlled:
             max(peaks) + BESIDE * _size(G.values) if len(peaks) == 2 else None,
         )
         notes = (*(f"GGN: {note}" for note in G.notes), *(f"H - G: {note}" for note in R.notes))
-        samples = R.samples if G.stderr is None else min(R.samples, G.samples)
+        samples = min((part.samples for part in (R, G) if part.stderr is not None), default=0)
         return DiagonalEstimate(
             values, _joined(R.stderr, G.stderr), "hessian", repr(self), cost, samples, seed, _sums(R, G), notes
         )

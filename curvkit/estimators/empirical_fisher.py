@@ -29,7 +29,8 @@ class EmpiricalFisher:
 
     It is not the Fisher matrix and no estimate of it: at a minimum that fits the data it vanishes, and where the model is wrong it is
     larger.
-    The gradients of the terms of one example (the tokens of a sequence) are added before they are squared.
+    The gradients of the terms of one example (the tokens of a sequence) are added before they are squared. The loss is that of the
+    objective, with its class weights and label smoothing; W is the sum of the class weights then.
 
     Source: Kunstner, Balles & Hennig (2019), "Limitations of the empirical Fisher approximation", for the difference.
     Cost: as one sample of `Fisher`; nothing is sampled.
@@ -68,7 +69,9 @@ class EmpiricalFisher:
 
         found = squares.mean(cotangent)
         cost = Cost(PER_SAMPLE + CHECKS, time.perf_counter() - began, peak_bytes=expected.peak_bytes(objective))
-        return DiagonalEstimate(found, None, self.matrix, repr(self), cost, notes=squares.notes)
+        return DiagonalEstimate(
+            found, None, self.matrix, repr(self), cost, notes=(*squares.notes, *objective.silenced_notes)
+        )
 
     def recording(self, model: nn.Module, *, parameters: Any = None) -> Recording:
         """Record one forward pass of a model in training, which stays as it is.

@@ -203,5 +203,6 @@ class Exact:
         self, objective: Objective, values: dict[str, Tensor], expected: Expected, cost: Cost, notes: tuple[str, ...]
     ) -> ExactState:
         refuse_not_finite("Exact", values)
+        said = tuple(dict.fromkeys((*notes, *objective.silenced_notes)))
         cost = replace(cost, peak_bytes=expected.peak_bytes(objective))
-        return ExactState(1.0, "done", DiagonalEstimate(values, None, self.matrix, repr(self), cost, notes=notes))
+        return ExactState(1.0, "done", DiagonalEstimate(values, None, self.matrix, repr(self), cost, notes=said))

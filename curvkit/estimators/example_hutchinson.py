@@ -185,7 +185,7 @@ class ExampleHutchinson:
             for probe in range(self.num_probes):
                 drawn.add(_filled(recording.parameters, probing.sample(seed=seed, index=probe), scale))
         spent = SETUP + PER_PROBE * self.num_probes, time.perf_counter() - began
-        return self._made(drawn, seed, Cost(*spent, self.num_probes), {})
+        return self._made(drawn, seed, Cost(*spent, self.num_probes), ())
 
     def expected(self, objective: Objective) -> Expected:
         """Count work and memory.
@@ -229,15 +229,21 @@ class ExampleHutchinson:
                 sums |= {name: sums[name] + part if name in sums else part for name, part in found.items()}
             drawn.add(_filled(parameters, sums, objective.denominator(weights)))
         spent = expected.gradients, time.perf_counter() - began
-        return self._made(drawn, seed, Cost(*spent, self.num_probes, expected.peak_bytes(objective)), covered.refused)
-
-    def _made(self, drawn: DiagonalSamples, seed: int, cost: Cost, refused: Mapping[str, str]) -> DiagonalEstimate:
-        notes = tuple(
-            f"{n} has no rule ({reason}): its signs are shared by all examples" for n, reason in refused.items()
+        return self._made(
+            drawn,
+            seed,
+            Cost(*spent, self.num_probes, expected.peak_bytes(objective)),
+            _shared(covered.refused) + objective.silenced_notes,
         )
+
+    def _made(self, drawn: DiagonalSamples, seed: int, cost: Cost, notes: tuple[str, ...]) -> DiagonalEstimate:
         return DiagonalEstimate(
             drawn.mean, drawn.stderr, self.matrix, repr(self), cost, drawn.size, seed, drawn.sums, notes
         )
+
+
+def _shared(refused: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"{n} has no rule ({reason}): its signs are shared by all examples" for n, reason in refused.items())
 
 
 def _probing(

@@ -37,7 +37,7 @@ class Expected:
         Returns:
             Peak memory beside model and data.
         """
-        size = sum(p.numel() * p.element_size() for p in objective.tensors)
+        size = sum(p.numel() * max(p.element_size(), 4) for p in objective.tensors)  # half precision is raised
         return round(self.copies * size) + self.held_bytes
 
 

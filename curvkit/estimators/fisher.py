@@ -87,7 +87,9 @@ class Fisher:
                 return draw_cotangent(objective.loss, outputs, targets, draw)
 
             drawn.add(squares.mean(cotangent))
-        return self._made(drawn, seed, began, (*notes, *squares.notes), expected.peak_bytes(objective))
+        return self._made(
+            drawn, seed, began, (*notes, *squares.notes, *objective.silenced_notes), expected.peak_bytes(objective)
+        )
 
     def recording(self, model: nn.Module, *, parameters: Any = None) -> Recording:
         """Record one forward pass of a model in training, which stays as it is.

@@ -29,14 +29,14 @@ INSTEAD = "Give the data in smaller batches, or leave parameters out by patterns
 class SquaredGradient:
     """IRE's Eq. 6: the squared gradient of a mini-batch with targets drawn from the model, times its number of terms.
 
-        h = (1 / m) sum_b B_b g_b * g_b,    g_b = d/dtheta (1 / B_b) sum_n -log p(y'_n | x_n)
+        h = sum_b (B_b / B) B_b g_b * g_b,    g_b = d/dtheta (1 / B_b) sum_n -log p(y'_n | x_n),    B = sum_b B_b
 
     B_b is the number of terms of batch b that are not ignored. Its mean over the draw of the targets is the diagonal of the Fisher matrix
-    of those batches, but one batch is one draw of rank one: the relative error of an entry is about sqrt(2), whatever the size.
-    `Fisher` has the same mean and squares examples apart.
+    of those batches (B times that for a loss that is a sum), but one batch is one draw of rank one: the relative error of an entry is about
+    sqrt(2), whatever the size. `Fisher` has the same mean and squares examples apart.
 
     Args:
-        num_batches: m, taken from the first of the data.
+        num_batches: How many, taken from the first of the data.
 
     Source: Liu et al. (2023), Sophia's Gauss-Newton-Bartlett estimator; Wang et al. (2024), arXiv 2405.20763, Eq. 6.
     Cost: one gradient of each batch.
@@ -83,12 +83,15 @@ class SquaredGradient:
         refuse_too_large("SquaredGradient", objective, expected, instead=INSTEAD)
         drawn = DiagonalSamples(objective.parameters.names)
         parameters = dict(zip(objective.parameters.names, objective.tensors, strict=True))
+        weights = list[float]()
         for index in range(self.num_batches):
             with objective.measuring():
                 outputs, targets = objective.outputs(index)
-                scale = objective.denominator([objective.terms_of(outputs.detach(), targets).weight])
+                weights.append(objective.terms_of(outputs.detach(), targets).weight)
                 s = draw_cotangent(objective.loss, outputs, targets, Draw(seed, index))
-                drawn.add(_squared(outputs, parameters, s, scale, keep=False))
+                drawn.add(_squared(outputs, parameters, s, keep=False))
+        drawn.scale(self.num_batches / objective.denominator(weights))
+        notes += objective.silenced_notes
         cost = Cost(expected.gradients, time.perf_counter() - began, peak_bytes=expected.peak_bytes(objective))
         return DiagonalEstimate(
             drawn.mean, drawn.stderr, self.matrix, repr(self), cost, drawn.size, seed, drawn.sums, notes
@@ -145,7 +148,8 @@ class SquaredGradient:
         scale = denominator_of(known, weight_of(known, outputs, targets))
         s = draw_cotangent(known, outputs, targets, Draw(seed, 0))
         drawn = DiagonalSamples(list(recording.parameters))
-        drawn.add(_squared(outputs, recording.parameters, s, scale, keep=True))
+        drawn.add(_squared(outputs, recording.parameters, s, keep=True))
+        drawn.scale(1.0 / scale)
         cost = Cost(1.0, time.perf_counter() - began)
         return DiagonalEstimate(
             drawn.mean, drawn.stderr, self.matrix, repr(self), cost, drawn.size, seed, drawn.sums, notes
@@ -162,19 +166,17 @@ class SquaredGradient:
 
         Cost: a forward pass over a few rows.
         """
-        share = self.num_batches / len(objective.batches)
+        objective, share = objective.raised(), self.num_batches / len(objective.batches)
         return Expected(share, GRADIENTS + min(self.num_batches, 2), 2 * held_bytes(objective, second=False))
 
 
-def _squared(
-    outputs: Tensor, parameters: Mapping[str, Tensor], s: Tensor, scale: float, *, keep: bool
-) -> dict[str, Tensor]:
-    """Square the gradient of a batch, summed, and divide by B."""
+def _squared(outputs: Tensor, parameters: Mapping[str, Tensor], s: Tensor, *, keep: bool) -> dict[str, Tensor]:
+    """Square the gradient of a batch, summed over its terms."""
     found: Any = torch.autograd.grad(
         outputs, list(parameters.values()), s.to(outputs), retain_graph=keep, allow_unused=True
     )
-    squares = {
-        name: torch.zeros_like(p) if g is None else g.square_().div_(scale)
+    squares = {  # not in place: two parameters may be given one and the same gradient
+        name: torch.zeros_like(p) if g is None else g.square()
         for (name, p), g in zip(parameters.items(), found, strict=True)
     }
     refuse_not_finite("SquaredGradient", squares)

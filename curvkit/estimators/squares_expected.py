@@ -29,6 +29,7 @@ def expected_squares(objective: Objective, *, gradients: float, samples: int) ->
 
     Cost: a forward pass over a sixteenth of the first batch.
     """
+    objective = objective.raised()
     sizes = {
         name: p.numel() * p.element_size()
         for name, p in zip(objective.parameters.names, objective.tensors, strict=True)

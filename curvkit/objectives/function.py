@@ -86,6 +86,12 @@ class Objective(Problem):
         """Whether a measurement so far ran into autocast inside the model, and switched it off."""
         return vars(self).get("_silenced", False)
 
+    @property
+    def silenced_notes(self) -> tuple[str, ...]:
+        """What results say of that; empty where there is nothing to say."""
+        said = "the model enters torch.autocast by itself, which was switched off: everything was computed in the dtype of the parameters"
+        return (said,) if self.silenced_autocast else ()
+
     def terms(self, index: int) -> LossTerms:
         """Evaluate the loss on one batch; call it inside `measuring()`.
 

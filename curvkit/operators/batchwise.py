@@ -26,7 +26,6 @@ from curvkit.parameters import ParameterSpace
 
 MANY_BATCHES = 1000
 """From here on sums over batches are accumulated in float64."""
-SILENCED = "the model enters torch.autocast by itself, which was switched off: everything was computed in the dtype of the parameters"
 
 
 class BatchwiseOperator:
@@ -224,8 +223,8 @@ class BatchwiseOperator:
                     graphs.append(graph)
         if self.plan.residency == "retained":
             self._retained = graphs
-        if self.objective.silenced_autocast:
-            self._note(SILENCED)
+        for note in self.objective.silenced_notes:
+            self._note(note)
         return gradient, weights, counts, used
 
     def _note(self, sentence: str | None) -> None:

@@ -73,6 +73,8 @@ class DiagonalEstimate:
     sums: TraceParts | None = field(default=None, repr=False)
     """Sums over each parameter tensor with their samples; None where no error of a sum is known."""
     notes: tuple[str, ...] = ()
+    record: Mapping[str, Any] | None = field(default=None, repr=False)
+    """How it was measured, as a file that was loaded says; None where nothing is said."""
 
     def __repr__(self) -> str:
         """Matrix, size and cost; not the numbers."""
@@ -114,7 +116,7 @@ class DiagonalEstimate:
 
         Args:
             path: An existing file is replaced.
-            record: How it was made, as plain values; kept in the file.
+            record: How it was made, as plain values; kept in the file. None: `self.record`.
 
         Returns:
             The path.
@@ -141,7 +143,7 @@ class DiagonalEstimate:
             "seed": self.seed,
             "notes": list(self.notes),
             "names": list(self.values),
-            "record": plain(record or {}),
+            "record": plain(record if record is not None else self.record or {}),
         }
         beside = {"format": FORMAT, "estimate": json.dumps(said)}
         replaced(path, lambda part: save_file(tensors, part, metadata=beside))
@@ -171,9 +173,10 @@ class DiagonalEstimate:
             sums = TraceParts(lengths, found["sums:known"], found["sums:samples"]) if "sums:known" in found else None
             cost, notes = Cost(**said["cost"]), tuple(said["notes"])
             told = said["matrix"], said["estimator"], cost, said["samples"], said["seed"]
+            record: dict[str, Any] | None = said["record"] or None
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InvalidArgument(f"{path}: cannot be read as a diagonal ({error}). Write it anew.") from error
-        return cls(values, stderr or None, *told, sums, notes)
+        return cls(values, stderr or None, *told, sums, notes, record)
 
 
 def _content(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -226,6 +229,16 @@ class DiagonalSamples:
             self.mean[name] += step / self.size
             square = step.mul_(d - self.mean[name])
             self._squares[name] = self._squares[name].add_(square) if self.size > 2 else square
+
+    def scale(self, factor: float) -> None:
+        """Multiply all samples so far.
+
+        Args:
+            factor: By this.
+        """
+        self.mean = {name: value * factor for name, value in self.mean.items()}
+        self._squares = {name: value * factor**2 for name, value in self._squares.items()}
+        self._sums = [sums * factor for sums in self._sums]
 
     @property
     def stderr(self) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from curvkit.losses import token_cross_entropy
 from curvkit.models import MLP, Decoder
 from curvkit.objectives import Objective
 from curvkit.operators import GGN, CurvatureOperator, Hessian, Preconditioned, Residual, Scaled
+from curvkit.projection import FlatMask, FlatRule, Projected
 from curvkit.testing import check_operator
 
 
@@ -65,6 +66,12 @@ def scaled(operator: CurvatureOperator) -> Scaled:
     return Scaled(operator, scale, inner=inner, outer=outer)
 
 
+def projected(operator: CurvatureOperator) -> Projected:
+    """Within a random half of the coordinates."""
+    like = operator.space.unflatten(torch.zeros(operator.n))
+    return Projected(operator, FlatMask.random(like, FlatRule(0.5), seed=0))
+
+
 CURVATURE: dict[str, Callable[[Objective], CurvatureOperator]] = {
     "Hessian, retained": lambda objective: Hessian(objective, residency="retained"),
     "Hessian, streamed": lambda objective: Hessian(objective, residency="streamed"),
@@ -74,6 +81,7 @@ CURVATURE: dict[str, Callable[[Objective], CurvatureOperator]] = {
     "residual, streamed": lambda objective: Residual(objective, residency="streamed"),
     "GGN, preconditioned": lambda objective: preconditioned(GGN(objective)),
     "Hessian, scaled": lambda objective: scaled(Hessian(objective)),
+    "Hessian, projected": lambda objective: projected(Hessian(objective)),
 }
 MAPS: dict[str, Callable[[], LinearMap]] = {
     "DenseMap": lambda: DenseMap(rotated(torch.linspace(-1, 5, 40, dtype=torch.float64))),
