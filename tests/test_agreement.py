@@ -179,10 +179,10 @@ def test_masks_that_are_the_same_agree_by_construction():
 
 
 def test_masks_that_agree_by_chance_alone():
-    """The mean over 300 pairs of random masks, in all and within layers, lies within 5 standard errors of what is said."""
+    """The mean over 120 pairs of random masks, in all and within layers, lies within 5 standard errors of what is said."""
     like = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     whole, rule = [], FlatRule(0.8)
-    for seed in range(0, 600, 2):
+    for seed in range(0, 240, 2):
         one, other = (FlatMask.random(like, rule, seed=seed + i) for i in range(2))
         whole.append(mask_agreement(one, other))
     for of in ("flat", "sharp", "recall", "precision"):
@@ -190,7 +190,7 @@ def test_masks_that_agree_by_chance_alone():
         spread = shares[0].spread
         values = torch.tensor([share.value for share in shares], dtype=torch.float64)
         assert abs(values.mean().item() - shares[0].chance) < 5 * spread / len(values) ** 0.5
-        assert values.std().item() == pytest.approx(spread, rel=0.2)  # 5.6 standard errors of 1 / sqrt(2 m)
+        assert values.std().item() == pytest.approx(spread, rel=0.33)  # 5 standard errors of 1 / sqrt(2 m)
 
 
 def test_masks_that_agree_in_nothing_but_layers():
@@ -354,6 +354,21 @@ def test_what_noise_leaves_of_agreement():
     exact = diagonal_agreement(estimate(truth), b, gammas=[])
     assert exact.relative_error == pytest.approx(exact.noise, rel=0.05)
     assert exact.pearson == pytest.approx(exact.pearson_ceiling, rel=0.03)
+
+
+def test_agreement_of_two_estimators_lies_between_their_floors():
+    """One diagonal, one estimator with little noise and one with much: the correlation is the geometric mean, the Jaccard index between."""
+    n = 20_000
+    truth = normal(n, seed=0)
+
+    def drawn(noise: float, seed: int) -> DiagonalEstimate:
+        return estimate({"w": truth + noise * normal(n, seed=seed)})
+
+    a, a2, b, b2 = drawn(0.1, 1), drawn(0.1, 2), drawn(1.0, 3), drawn(1.0, 4)
+    own_a, own_b, both = (diagonal_agreement(*pair, gammas=[0.6]) for pair in ((a, a2), (b, b2), (a, b)))
+    assert both.pearson == pytest.approx(math.sqrt(own_a.pearson * own_b.pearson), abs=0.03)  # type: ignore[operator]
+    J_a, J_b, J = (found.masks[0].masks.sharp.value for found in (own_a, own_b, both))
+    assert J_b < J < J_a  # type: ignore[operator]
 
 
 def test_noise_that_nobody_knows_is_unknown():

@@ -156,6 +156,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "rotates": (flat_map(lambda u: u.flip(0)), "'idempotent'"),
     "absolute": (each(torch.abs), "'linear' does not hold: ||P(u + 0.7 v) - Pu - 0.7 Pv|| is"),
     "clips": (each(lambda p: p.clamp(-2.0, 2.0)), "'linear'"),
+    "bends by little": (each(lambda p: p + 1e-4 * p.abs()), "'linear' does not hold: ||P(u"),
     "constant": (each(lambda p: p + 1e-7), "'linear' does not hold: ||P 0|| is"),
     "oblique": (flat_map(oblique), "'symmetric' does not hold: |u.Pv - v.Pu| is"),
     "not repeatable": (counting(), "'repeatable' does not hold: two projections of the same update differ"),

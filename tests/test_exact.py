@@ -190,7 +190,7 @@ def test_rules_are_checked_on_pieces(number: int, steps: int, size: int, monkeyp
     assert error(Exact("ggn", way="structure").estimate(objective), truth) <= EXACT
 
 
-@pytest.mark.parametrize("most", [7, 4, 2])
+@pytest.mark.parametrize("most", [7, 4])
 def test_rules_are_checked_on_halves(most: int):
     """Rung 2: of 8 rows halves of 4, which is T; memory runs out in the checks already, which look at what is run."""
     objective, truth = time_first(8, 4)
@@ -231,7 +231,7 @@ def test_coupled_rows_are_not_cut(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         UnsupportedModel,
         match=r"Exact: a batch of 6 rows is to be cut into pieces for lack of memory, and its rows are not shown to be examples of their "
-        r"own .*Use products",
+        r"own: something couples them, .* Use products",
     ):
         structure.pieces(1)
     [piece] = structure.pieces(N)

@@ -166,6 +166,8 @@ class Odd(nn.Module):
             h = h * Doubled.apply(self.slope)
         elif self.kind == "written":
             x.zero_()
+        elif self.kind == "squared":
+            h = h + self.slope * self.slope
         return self.b(torch.tanh(h))
 
 
@@ -177,6 +179,7 @@ class Odd(nn.Module):
         ("power", "slope .Odd. has no rule .it is used in .*pow.*which has no rule for it"),
         ("hidden", "slope is used in a way that the recording did not see"),
         ("written", "what went into a call of a.weight was overwritten afterwards"),
+        ("squared", "slope .Odd. has no rule .it is multiplied with a parameter"),
     ],
 )
 def test_what_has_no_examples_is_refused_in_training(kind: str, message: str):

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from oracles import classes, cut, dense, normal, seeded, softmax_regression_hessian, surroundings
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from curvkit import Objective
 from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
 from curvkit.estimators import EmpiricalFisher, ExampleHutchinson, Fisher, SquaredGradient
 from curvkit.estimators.coverage import coverage
 from curvkit.estimators.expected import held_bytes
+from curvkit.estimators.lookups import Lookup
 from curvkit.estimators.mapped_examples import mapped_squares
+from curvkit.estimators.recording import Recording
 from curvkit.losses import KnownLoss, token_cross_entropy
 from curvkit.operators import GGN
 
@@ -561,6 +565,148 @@ def test_what_cannot_be_recorded_is_refused():
         "2.weight",
         "2.bias",
     ]
+
+
+class Placed(nn.Module):
+    """Positions that are looked up once, and taken in another order or not."""
+
+    def __init__(self, take: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.take, self.places, self.head = take, nn.Embedding(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(x + self.take(self.places(torch.arange(4))))).mean(1)
+
+
+ORDER = torch.tensor([2, 0, 3, 1])
+
+
+@pytest.mark.parametrize(
+    ("take", "recorded"),
+    [
+        (lambda p: p[None], True),
+        (lambda p: p.view(1, 4, 5), True),
+        (lambda p: p[ORDER[None]], False),
+        (lambda p: p[ORDER][None], False),
+        (lambda p: p[None].to(p.dtype), True),
+        (lambda p: p[None].mT.mT, False),
+        (lambda p: p[None].flip(1), False),
+    ],
+)
+@pytest.mark.parametrize("estimator", [EmpiricalFisher(), Fisher()])
+def test_positions_in_another_order(estimator: Any, take: Callable[[Tensor], Tensor], recorded: bool):
+    with seeded(3):
+        model = Placed(take).double()
+    x, y = normal(N, 4, 5), classes(N, num=3)
+    with estimator.recording(model) as recording:
+        outputs = model(x)
+    if not recorded:
+        with pytest.raises(UnsupportedModel, match="places.weight .Embedding. has no rule"):
+            estimator.from_recording(recording, outputs, y, seed=2)
+        return
+    found = estimator.from_recording(recording, outputs, y, seed=2)
+    truth = estimator.estimate(Objective(model, F.cross_entropy, [(x, y)]), seed=2)
+    assert (flat(found.values) - flat(truth.values)).abs().max() <= 1e-12 * flat(truth.values).abs().max()
+
+
+class Checkpointed(nn.Module):
+    """Runs its middle again in the backward pass."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.a, self.b, self.c = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Any = checkpoint(self.inner, self.a(x), use_reentrant=self.reentrant)
+        return self.c(h)
+
+    def inner(self, h: Tensor) -> Tensor:
+        return torch.tanh(self.b(torch.tanh(h)))
+
+
+@pytest.mark.parametrize("estimator", [EmpiricalFisher(), Fisher(), SquaredGradient()])
+def test_a_reentrant_checkpoint(estimator: Any):
+    """It hides its parameters from the graph; the other kind does not."""
+    with seeded(3):
+        hidden, seen = (Checkpointed(reentrant=kind).double() for kind in (True, False))
+    x, y = normal(N, 5), classes(N, num=3)
+    for parameters in (None, ["b.*"]):
+        with estimator.recording(hidden, parameters=parameters) as recording:
+            outputs = hidden(x)
+        with pytest.raises(UnsupportedModel, match="a reentrant checkpoint hides.*use_reentrant=False"):
+            estimator.from_recording(recording, outputs, y, seed=2)
+    with estimator.recording(seen) as recording:
+        outputs = seen(x)
+    found = estimator.from_recording(recording, outputs, y, seed=2)
+    truth = estimator.estimate(Objective(seen, F.cross_entropy, [(x, y)]), seed=2)
+    assert (flat(found.values) - flat(truth.values)).abs().max() <= 1e-12 * flat(truth.values).abs().max()
+
+
+@pytest.mark.parametrize("estimator", [EmpiricalFisher(), Fisher(num_samples=2)])
+def test_attention_under_autocast(estimator: Any):
+    """Query and memory differ, so that the packed matrix is cut into runs of rows; bfloat16 has 8 bits."""
+
+    class Crossing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.a, self.b = (
+                nn.MultiheadAttention(4, 2, batch_first=True),
+                nn.Linear(4, 4),
+                nn.Linear(4, 3),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h + self.attention(h, h[:, 1:], h[:, 1:], need_weights=False)[0]).mean(1).float()
+
+    with seeded(3):
+        model = Crossing()
+    x, y = normal(N, 5, 4).float(), classes(N, num=3)
+    passes: list[Any] = []
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), EmpiricalFisher().recording(model) as recording:
+            outputs = model(x)
+        passes.append(estimator.from_recording(recording, outputs, y, seed=1))
+    found, truth = (flat(it.values) for it in passes)
+    assert (found - truth).norm() < 0.1 * truth.norm()
+
+
+class Misled(Recording):
+    """A rule that takes the rows of a table in another order."""
+
+    def _recorded(self, forms: Any, output: Tensor, inputs: list[Tensor]) -> None:
+        moved = tuple(replace(f, index=f.index.roll(1, 1)) if isinstance(f, Lookup) else f for f in forms)
+        super()._recorded(moved, output, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("estimator", [EmpiricalFisher(), Fisher()])
+def test_a_rule_that_does_not_hold_is_noticed_in_training(estimator: Any, dtype: torch.dtype):
+    with seeded(3):
+        model = Placed(lambda p: p[None]).to(torch.float32 if dtype.itemsize < 4 else dtype)
+    x, y = normal(N, 4, 5).to(model.head.weight.dtype), classes(N, num=3)
+    for kind in (Recording, Misled):
+        with torch.autocast("cpu", dtype, enabled=dtype.itemsize < 4), kind.of(model) as recording:
+            outputs = model(x).float() if dtype.itemsize < 4 else model(x)
+        if kind is Misled:
+            with pytest.raises(
+                UnsupportedModel, match="the rules give another gradient of places.weight than torch.aut"
+            ):
+                estimator.from_recording(recording, outputs, y, seed=1)
+        else:
+            assert estimator.from_recording(recording, outputs, y, seed=1).trace > 0
+
+
+def test_hooks_of_parameters_are_not_called():
+    """They may change gradients, and count calls."""
+    model, x, y, calls = network(5, 4, 3), normal(N, 5), classes(N, num=3), list[Tensor]()
+    hook: Any = lambda g: calls.append(g) or 2.0 * g
+    model[0].weight.register_hook(hook)
+    with Fisher().recording(model) as recording:
+        outputs = model(x)
+    Fisher().from_recording(recording, outputs, y, seed=1)
+    assert calls == []
 
 
 def test_not_finite_in_training():

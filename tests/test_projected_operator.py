@@ -91,6 +91,7 @@ def test_the_trace_within_a_mask_is_the_sum_of_the_diagonal_over_it():
     assert torch.equal(B[keep][:, keep], whole(A)[keep][:, keep])
 
 
+@pytest.mark.slow
 def test_sampled_shares_cover_the_exact_ones():
     """Statistics: the interval of 95 % around the trace within the mask covers that of the dense matrix for nearly all of 10 seeds."""
     A = GGN(CASES["mlp"]().objective())

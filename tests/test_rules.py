@@ -13,11 +13,12 @@ from oracles import bits, classes, dense, normal, seeded
 from test_estimators import Case, check_unbiased
 from torch import Tensor, nn
 
-from curvkit.estimators import ExampleHutchinson
+from curvkit.estimators import EmpiricalFisher, ExampleHutchinson
 from curvkit.estimators.coverage import coverage
 from curvkit.estimators.forms import CACHE_BYTES, Signs, summed_in_chunks
 from curvkit.estimators.recording import Recording
 from curvkit.estimators.uses import grouped, summed_squares
+from curvkit.operators import Residual
 
 N, T = 4, 5
 Y = classes(N, num=3, seed=2)
@@ -307,3 +308,172 @@ def test_what_has_no_rule_is_named(make: Callable[..., Tensor], refused: str, re
     found = coverage(case.objective((N,)))
     assert refused in found.refused
     assert re.search(reason, found.refused[refused])
+
+
+class Products(nn.Module):
+    """Parameters that are multiplied with parameters: what is linear in each is not linear in both."""
+
+    def __init__(self, make: Callable[[Products, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.make, self.l = make, nn.Linear(4, 6)
+        self.w, self.v, self.row = (nn.Parameter(torch.rand(*shape) + 0.5) for shape in ((6,), (6,), (1, 6)))
+        self.square, self.pair = nn.Parameter(torch.randn(6, 6) / 2), nn.Parameter(torch.rand(12) + 0.5)
+        self.register_buffer("fixed", normal(6, seed=9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.make(self, x)
+
+
+PRODUCTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[str, ...]]] = {
+    "squared": (lambda m, x: m.l(x) + m.w * m.w, ("w",)),
+    "squared, of one example's shape": (lambda m, x: m.l(x) + m.row * m.row, ("row",)),
+    "two parameters": (lambda m, x: m.l(x) + m.w * m.v, ("w", "v")),
+    "two of other shapes": (lambda m, x: torch.tanh(m.l(x) + m.row * m.v), ("row", "v")),
+    "halves": (lambda m, x: m.l(x) + torch.mul(*m.pair.chunk(2)), ("pair",)),
+    "a half, squared": (lambda m, x: m.l(x) + m.pair.chunk(2)[0] * m.pair.chunk(2)[0], ("pair",)),
+    "twice itself": (lambda m, x: m.l(x) + (2.0 * m.w) * m.w, ("w",)),
+    "itself, scaled": (lambda m, x: m.l(x) + (m.fixed * m.w) * m.w, ("w",)),
+    "a view": (lambda m, x: m.l(x) + m.w * m.w.view(6), ("w",)),
+    "expanded": (lambda m, x: m.l(x) + m.w * m.w.expand(len(x), 6), ("w",)),
+    "times its exponential": (lambda m, x: m.l(x) + torch.exp(m.w) * m.w, ("w",)),
+    "times another's exponential": (lambda m, x: m.l(x) + torch.exp(m.v) * m.w, ("v",)),
+    "scaled by another's exponential": (lambda m, x: torch.tanh(m.l(x)) * torch.exp(m.v) * m.w, ("v",)),
+    "times its transpose": (lambda m, x: m.l(x) @ (m.square @ m.square.T), ("square",)),
+    "a product as the weight": (lambda m, x: F.linear(m.l(x), m.square * m.square), ("square",)),
+    "a layer of a parameter": (lambda m, x: m.l(x) + F.linear(m.row, m.square), ("row", "square")),
+    "a norm of a parameter": (lambda m, x: m.l(x) + F.layer_norm(m.w, (6,), m.v, m.v), ("w", "v")),
+    "in a row": (lambda m, x: torch.tanh(m.l(x) * m.w) * m.w, ()),
+    "added to itself": (lambda m, x: torch.tanh(m.l(x) + (m.w + m.w)), ()),
+}
+
+
+def products(name: str) -> Case:
+    make = PRODUCTS[name][0]
+    return Case(lambda: Products(make), F.mse_loss, VECTOR, normal(N, 6, seed=8))
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_parameters(name: str):
+    """Rung 5: what has no rule shares its signs, and H and H - G are right either way."""
+    objective = products(name).objective((N,))
+    found = coverage(objective).refused
+    assert set(PRODUCTS[name][1]) == set(found)
+    check_products(ExampleHutchinson(num_probes=60).estimate(objective, seed=3), diagonal(products(name)))
+    R = Residual(objective)
+    truth = R.matmat(torch.eye(R.n, dtype=R.dtype)).diagonal()
+    check_products(ExampleHutchinson(num_probes=60).estimate_residual(objective, seed=3), truth)
+
+
+def check_products(found: Any, truth: Tensor) -> None:
+    """As elsewhere; where signs leave no noise at all, equal."""
+    errors = torch.cat([error.reshape(-1) for error in found.stderr.values()])
+    if errors.max() > 1e-12:
+        check_unbiased(found, truth)
+        return
+    values = torch.cat([value.reshape(-1) for value in found.values.values()])
+    assert (values - truth).abs().max() < 1e-12 * (1 + truth.abs().max())
+
+
+def test_a_square_of_a_parameter_in_closed_form():
+    """Rung 1: L = mean (l(x) + w^2 - y)^2, so that d^2 L / dw_k^2 = 2 / 6 mean (4 w_k^2 + 2 (z_k - y_k))."""
+    case = products("squared")
+    objective = case.objective((N,))
+    found = ExampleHutchinson(num_probes=2).estimate(objective, seed=0)
+    assert any("w has no rule (it is multiplied with a parameter)" in note for note in found.notes)
+    model: Any = objective.model
+    z, w = model(case.x).detach(), model.w.detach()
+    truth = 2 / 6 * (4 * w.square() + 2 * (z - case.y).mean(0))
+    many = ExampleHutchinson(num_probes=200).estimate(objective, seed=0)
+    assert many.stderr is not None
+    assert (many.values["w"] - truth).abs().max() <= 5 * many.stderr["w"].max() + 1e-12
+
+
+class Named(nn.Module):
+    """Calls of torch's functions by keyword."""
+
+    def __init__(self, make: Callable[[Named, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.make, self.b = make, nn.Linear(6, 3)
+        self.w, self.m, self.v, self.u = (nn.Parameter(torch.randn(*s)) for s in ((6, 4), (4, 6), (6,), (6,)))
+        self.k, self.table = nn.Parameter(torch.randn(6, 5, 3)), nn.Parameter(torch.randn(7, 6))
+        self.register_buffer("mean", normal(6, seed=5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.make(self, x)))
+
+
+NAMED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "linear": lambda m, x: F.linear(input=x, weight=m.w, bias=m.v),
+    "linear, bias": lambda m, x: F.linear(x, bias=m.v, weight=m.w),
+    "addmm": lambda m, x: torch.addmm(input=m.v, mat1=x, mat2=m.m),
+    "matmul": lambda m, x: torch.matmul(input=x, other=m.m),
+    "mm": lambda m, x: torch.mm(x, mat2=m.m),
+    "method": lambda m, x: x.matmul(other=m.m),
+    "mul": lambda m, x: torch.mul(input=x @ m.m, other=m.v),
+    "add": lambda m, x: torch.add(other=m.v, input=x @ m.m),
+    "conv": lambda m, x: torch.conv1d(input=x[:, None].expand(-1, 5, -1), weight=m.k, bias=m.v).mean(2),
+    "embedding": lambda m, x: F.embedding(weight=m.table, input=(x[:, 0] > 0).long(), padding_idx=1),
+    "layer_norm": lambda m, x: F.layer_norm(input=x @ m.m, normalized_shape=(6,), weight=m.v, bias=m.u),
+    "torch.layer_norm": lambda m, x: torch.layer_norm(input=x @ m.m, normalized_shape=(6,), weight=m.v, bias=m.u),
+    "rms_norm": lambda m, x: F.rms_norm(input=x @ m.m, normalized_shape=(6,), weight=m.v),
+    "group_norm": lambda m, x: F.group_norm(input=x @ m.m, num_groups=2, weight=m.v, bias=m.u),
+    "group_norm, one for both": lambda m, x: F.group_norm(input=x @ m.m, num_groups=2, weight=m.v, bias=m.v),
+    "batch_norm": lambda m, x: F.batch_norm(
+        input=x @ m.m, running_mean=m.mean, running_var=m.mean.square() + 1, weight=m.v, bias=m.u, training=False
+    ),
+    "chunk": lambda m, x: torch.cat([F.linear(x, part) for part in torch.chunk(input=m.w, chunks=2)], 1),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_calls_by_keyword(name: str):
+    """Rung 2: every example run alone."""
+    with seeded(1):
+        model = Named(NAMED[name]).double()
+    estimator = EmpiricalFisher()
+    with estimator.recording(model) as recording:
+        outputs = model(VECTOR)
+    assert recording.refused == {}
+    found = estimator.from_recording(recording, outputs, Y)
+    own = list(model.parameters())
+    rows = [
+        torch.autograd.grad(F.cross_entropy(model(VECTOR[n : n + 1]), Y[n : n + 1]), own, materialize_grads=True)
+        for n in range(N)
+    ]
+    for (parameter, value), *truth in zip(found.values.items(), *rows, strict=True):
+        total = torch.stack(truth).square().mean(0)
+        assert (value - total).abs().max() <= 1e-12 * (1 + total.abs().max()), parameter
+    assert sum(float(value.sum()) for name, value in found.values.items() if not name.startswith("b.")) > 0
+
+
+def test_training_mode_is_seen_by_keyword():
+    model = Named(lambda m, x: F.batch_norm(input=x @ m.m, running_mean=None, running_var=None, training=True)).double()
+    with Recording.of(model) as recording:
+        model(VECTOR)
+    assert recording.coupled == "batch_norm in training mode"
+
+
+def test_a_rule_that_fails_refuses_its_parameters():
+    """What a rule cannot take is said afterwards; the pass goes on."""
+
+    def scaled(m: Any, x: Tensor) -> Tensor:
+        return (x[:, None].expand(-1, 7, -1) @ m.m + m.table * m.mean[None]).mean(1)
+
+    model = Named(scaled).double()
+    with Recording.of(model) as recording:
+        outputs = model(VECTOR)
+    assert torch.equal(outputs, model(VECTOR))
+    assert "its rule does not take this call (RuntimeError" in recording.refused["table"]
+    assert set(recording.refused) == {"table"}
+
+
+def test_calls_without_gradients_refuse_nothing():
+    def watched(m: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            m.w * m.w, m.w @ m.m, F.linear(m.m, m.m)
+        return x @ m.m
+
+    model = Named(watched).double()
+    with Recording.of(model) as recording:
+        model(VECTOR)
+    assert recording.refused == {}

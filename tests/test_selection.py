@@ -189,6 +189,9 @@ def test_a_bracket_holds_what_it_is_to_hold_or_gives_up(monkeypatch: pytest.Monk
         assert found == (int(torch.tensor(float(k - 1)).view(torch.int32)), k - 1, 1)
     assert at_once(torch.zeros(n), n // 2) == (0, 0, n)
     assert at_once(h[: n // 4], 5) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(bracket, "PART", n)  # two values are no sample
+        assert at_once(h, 5) is None
     assert at_once(torch.where(h == 77.0, math.nan, h), n // 2) is None
     monkeypatch.setattr(bracket, "TURN", 0.0)  # the first of each run is drawn
     misleading = torch.arange(float(n))
@@ -301,6 +304,21 @@ def test_a_graph_is_not_touched():
     assert smallest({"h": h}, found)["h"].tolist() == [0, 1]
     assert bits(h) == before
     assert not found.value.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_device_gives_the_same(dtype: torch.dtype):
+    """The CPU's selection and mask, bit for bit, also of tensors on both."""
+    named = cut(drawn(300_000, dtype, 3), 3, 0)
+    there = {name: tensor.cuda() if name != "1" else tensor for name, tensor in named.items()}
+    for k in (1, 150_001, 300_000):
+        found = kth_smallest(named, k)
+        assert kth_smallest(there, k) == found
+        masks, others = smallest(named, found), smallest(there, found)
+        assert all(torch.equal(masks[name], others[name].cpu()) for name in named)
+        assert all(others[name].device == there[name].device for name in named)
 
 
 LARGE = """

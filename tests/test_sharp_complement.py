@@ -96,6 +96,17 @@ def test_many_runs_are_one_sum():
     assert relative(space.flatten(flat(u)).double(), truth) <= 1e-7  # one rounding of each entry
 
 
+def test_arithmetic_is_float32_where_all_is_coarser():
+    """Vectors and update in bfloat16, against float64 from the same rounded numbers: the result is rounded once, to eps / 2 = 4e-3."""
+    space = space_of(a=(20_000,))
+    V = orthonormal(space.n, 2).bfloat16()
+    u = update(space, torch.bfloat16)
+    full, exact = space.flatten(u).double(), V.double()
+    truth = exact @ torch.linalg.solve(exact.T @ exact, exact.T @ full)
+    sharp = SharpComplement(pairs_of(V, space)).sharp
+    assert relative(space.flatten(sharp(u)).double(), truth) <= 4e-3
+
+
 def test_every_direction_may_be_sharp():
     V = orthonormal(SPACE.n, SPACE.n)
     flat, u = SharpComplement(pairs_of(V, SPACE)), update()
@@ -240,7 +251,7 @@ def test_a_small_tilt_is_seen_by_the_eigenvectors():
     V = V / V.norm()
     V[0] = 1e-4
     keep = torch.arange(space.n) > 0
-    like = {"w": torch.zeros(space.n)}
+    like = {"w": torch.zeros(space.n, dtype=torch.bfloat16)}  # it is tried in float32
     one, flat = HandMask(space, keep), SharpComplement(pairs_of(V, space))
     with pytest.raises(InvalidArgument, match="an update of length 200 the two orders differ by 0.02"):
         Intersection(one, flat, like=like)

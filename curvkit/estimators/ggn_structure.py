@@ -17,6 +17,8 @@ from curvkit.estimators.recording import Recording
 from curvkit.losses import hessian_in_outputs
 from curvkit.losses.batches import map_tensors, rows
 from curvkit.objectives import Objective
+from curvkit.operators import GGN
+from curvkit.operators.independence import rows_are_independent
 from curvkit.operators.memory import release
 
 FIXED = 3.0
@@ -57,10 +59,9 @@ class GGNStructure:
             What adds up squares.
 
         Raises:
-            UnsupportedModel: If the output Hessian has no known factor, or the examples are coupled or not to be told apart.
-            CurvkitError: If a gradient is not finite.
+            UnsupportedModel: If the output Hessian has no known factor, or the examples are not to be told apart.
 
-        Cost: two to three gradients.
+        Cost: a forward pass on four examples; the rest is looked at as pieces are run.
         """
         count_columns(objective)
         return cls(objective, ExampleSquares.of(objective, estimator))
@@ -73,9 +74,16 @@ class GGNStructure:
 
         Returns:
             Objectives of one batch each.
+
+        Raises:
+            UnsupportedModel: If a batch is cut whose rows are not shown to be examples of their own.
+
+        Cost: nothing, or two passes over the data and two products on a few examples.
         """
         largest = max(rows(batch) or 1 for batch in self.objective.batches)
         parts = self.objective.cut(math.ceil(largest / size))[0]
+        if len(parts.batches) > len(self.objective.batches):
+            self._refuse_coupled(self.objective)
         return [self.objective.with_batches([batch]) for batch in parts.batches]
 
     def sums(self, piece: Objective) -> tuple[dict[str, Tensor], float]:
@@ -88,12 +96,13 @@ class GGNStructure:
             sum_n sum_c (J_n' s_nc)^2, parameter-shaped, and the weight of the piece.
 
         Raises:
-            UnsupportedModel: If a parameter cannot be treated.
-            CurvkitError: If memory does not suffice for one example.
+            UnsupportedModel: If the examples are coupled, a parameter cannot be treated, or halves are needed that are not shown to be
+                independent.
+            CurvkitError: If a gradient is not finite, or memory does not suffice for one example.
             RuntimeError: What the model raises.
             MemoryError: Never: it is one.
 
-        Cost: about `predicted_gradients` of the piece.
+        Cost: about `predicted_gradients` of the piece, with the checks of a piece of a new shape.
         """
         try:
             return next(replace(self.squares, objective=piece).batches(_columns(piece)))
@@ -108,10 +117,20 @@ class GGNStructure:
                 f"{self.squares.estimator}: out of memory with the graph of one example ({said}). Give shorter rows, leave parameters out "
                 "by patterns, use float32, or a device with more memory."
             )
+        self._refuse_coupled(piece, f" ({said})")
         (total, weight), (other, more) = (self.sums(half) for half in halves)
         for name, value in other.items():
             total[name] += value
         return total, weight + more
+
+    def _refuse_coupled(self, objective: Objective, said: str = "") -> None:
+        """Refuse to cut what was not shown to be cut rightly: pieces of one row would not show it, nor rows coupled across pieces."""
+        if not rows_are_independent(objective, objective.batches, kind=GGN.kind):
+            raise UnsupportedModel(
+                f"{self.squares.estimator}: a batch of {max(rows(batch) or 1 for batch in objective.batches):,} rows is to be cut into "
+                f"pieces for lack of memory{said}, and its rows are not shown to be examples of their own: something couples them, or "
+                "memory does not suffice for two. Use products, give the data in smaller batches, or a device with more memory."
+            )
 
 
 def _columns(objective: Objective) -> Cotangents:

@@ -22,7 +22,7 @@ def _layer_norm(
     weight: Any = None,
     bias: Any = None,
     eps: float = 1e-5,
-    *_: Any,
+    cudnn_enable: bool = True,
 ) -> Iterator[Form]:
     """F.layer_norm."""
     layout = layout_of(names, output)
@@ -83,3 +83,9 @@ NORM_RULES: dict[Any, Rule] = {
     F.group_norm: _group_norm,
 }
 """By the function that is called."""
+NORM_KEYWORDS: dict[Rule, dict[str, str]] = {
+    **dict.fromkeys((_layer_norm, _rms_norm), {"input": "x", "normalized_shape": "shape"}),
+    _batch_norm: {"input": "x", "running_mean": "mean", "running_var": "variance"},
+    _group_norm: {"input": "x", "num_groups": "groups"},
+}
+"""By the rule: what it calls the arguments that torch calls otherwise."""

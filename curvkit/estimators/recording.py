@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Self
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from curvkit.errors import UnsupportedModel
+from curvkit.errors import UnsupportedModel, ran_out_of_memory
 from curvkit.estimators.forms import Form
 from curvkit.estimators.insides import INSIDES, followed
 from curvkit.estimators.layouts import WithoutExamples
 from curvkit.estimators.row_runs import Rows
-from curvkit.estimators.rules import ADDS, COUPLING, RESHAPES, RULES, SPLITS
+from curvkit.estimators.rule_parts import Rule
+from curvkit.estimators.rules import ADDS, COUPLING, KEYWORDS, RESHAPES, RULES, SPLITS
 from curvkit.estimators.uses import Call, Common, Use, tensors_in
 from curvkit.parameters import ParameterSpace
 
@@ -162,23 +164,45 @@ class Recording(TorchFunctionMode):
     def _with_parameters(self, func: Any, output: Any, call: Call, found: set[str]) -> None:
         """Record a call by its rule."""
         rule = RULES.get(func)
-        if func in SPLITS and self._cut(call.args[0], output):
+        if func in SPLITS and self._cut(call.given[0], output):
             return
-        if rule is None:
+        if rule is None or not any(made.requires_grad for made in tensors_in(output)):
             self._without_rule(func, output, found)
             return
         try:
             if not self.num_examples:
                 raise UnsupportedModel("it is used before the model is called, or the call has no examples")
-            forms = tuple(self._placed(form) for form in rule(self, output, *call.args, **call.kwargs))
+            forms = self._forms(rule, output, call.args, call.kwargs)
         except WithoutExamples as reason:
             self._common[id(output)] = Common(output, rule, call, found, str(reason))
             return
         except UnsupportedModel as error:
             self.refused |= dict.fromkeys(found, str(error))
             return
-        self._without_rule(func, output, found - {form.name for form in forms})
-        self._recorded(forms, output, [value for value in call.given if self.name(value) is None])
+        if self._whole_call(func, output, call, forms):
+            self._recorded(forms, output, [value for value in call.given if self.name(value) is None])
+
+    def _forms(self, rule: Rule, output: Tensor, args: Any, kwargs: Any) -> tuple[Form, ...]:
+        """What a rule gives; whatever it cannot take is no fault of the pass."""
+        names = KEYWORDS.get(rule, {})
+        named = {names.get(key, key): value for key, value in kwargs.items()}
+        try:
+            return tuple(self._placed(form) for form in rule(self, output, *args, **named))
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            if ran_out_of_memory(error):
+                raise
+            said = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+            raise UnsupportedModel(f"its rule does not take this call ({said})") from error
+
+    def _whole_call(self, func: Any, output: Tensor, call: Call, forms: tuple[Form, ...]) -> bool:
+        """Whether each place in which a parameter enters has a form; if not, all parameters in the call are refused."""
+        entering = Counter(self._whole(name) for value in call.given if (name := self.name(value)) is not None)
+        if entering == Counter(form.name for form in forms):
+            return True
+        self._without_rule(func, output, set(entering))
+        return False
 
     def _with_common(self, func: Any, output: Any, call: Call, found: set[str]) -> None:
         """Record a call of which an input is the same for all examples, where it is added to one that is not."""
@@ -188,16 +212,17 @@ class Recording(TorchFunctionMode):
             if func in ADDS and call.plain and tuple(output.shape) == (self.num_examples, *first.without_ones):
                 args, kwargs = self._repeated(first.call.args), self._repeated(first.call.kwargs)
                 try:
-                    forms = tuple(self._placed(form) for form in first.rule(self, output, *args, **kwargs))
+                    forms = self._forms(first.rule, output, args, kwargs)
                 except UnsupportedModel as error:
                     self.refused |= dict.fromkeys(first.names, str(error))
                     return
-                self._without_rule(func, output, first.names - {form.name for form in forms})
+                if not self._whole_call(func, output, first.call, forms):
+                    return
                 inputs = [value for value in (*first.call.given, *call.given) if self.name(value) is None]
                 self._recorded(forms, output, [value for value in inputs if id(value) not in self._common])
                 return
             kept = func is Tensor.to and output.shape == first.output.shape  # as GPT-2 does, to the device of the words
-            if kept or (func in RESHAPES and tuple(output.shape) == (1, *first.output.shape)):
+            if kept or (func in RESHAPES and _is_unsqueezed(output, first.output)):
                 self._common[id(output)] = replace(first, output=output)
                 return
         made = [value for value in tensors_in(output) if value.requires_grad]
@@ -228,3 +253,10 @@ class Recording(TorchFunctionMode):
         if value.ndim > 0 and value.shape[0] == 1:
             return value.expand(self.num_examples, *value.shape[1:])
         return value.expand(self.num_examples, *value.shape)
+
+
+def _is_unsqueezed(view: Tensor, tensor: Tensor) -> bool:
+    """Whether it has the same entries in the same order, after a dimension of size 1; indices may permute them."""
+    if tuple(view.shape) != (1, *tensor.shape) or view.data_ptr() != tensor.data_ptr():
+        return False
+    return all(a == b for a, b, n in zip(view.stride()[1:], tensor.stride(), tensor.shape, strict=True) if n > 1)

@@ -118,11 +118,10 @@ def by_channel(
     def spread(v: Tensor) -> Tensor:
         return v.view(*v.shape, *tail).expand_as(output)
 
-    for parameter in (weight, bias):
-        name = names.name(parameter)
-        if name is not None:
-            Layout.of(output, names.num_examples, positions=False)
-            if parameter is weight:
-                yield Scale(name, same, same, x, gathered, spread, *maps)
-            else:
-                yield Scale(name, same, same, None, gathered, spread)
+    factor, offset = names.name(weight), names.name(bias)
+    if factor is not None or offset is not None:
+        Layout.of(output, names.num_examples, positions=False)
+    if factor is not None:
+        yield Scale(factor, same, same, x, gathered, spread, *maps)
+    if offset is not None:
+        yield Scale(offset, same, same, None, gathered, spread)

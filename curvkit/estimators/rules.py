@@ -15,7 +15,7 @@ from curvkit.estimators.forms import Form
 from curvkit.estimators.layouts import Layout
 from curvkit.estimators.lookups import Lookup
 from curvkit.estimators.matrices import Matrix
-from curvkit.estimators.norm_rules import NORM_RULES
+from curvkit.estimators.norm_rules import NORM_KEYWORDS, NORM_RULES
 from curvkit.estimators.rule_parts import Names, Rule, elementwise, layout_of, offset
 
 
@@ -57,7 +57,9 @@ def _product(names: Names, output: Tensor, x: Tensor, weight: Tensor, *, transpo
 
 
 def _multiplied(names: Names, output: Tensor, left: Any, right: Any) -> Iterator[Form]:
-    """W * x."""
+    """W * x; a product of two parameters is linear in each, and yet has second derivatives in both that no x carries."""
+    if names.name(left) is not None and names.name(right) is not None:
+        raise UnsupportedModel("it is multiplied with a parameter")
     for weight, x in ((left, right), (right, left)):
         name = names.name(weight)
         if name is not None and isinstance(x, Tensor):
@@ -102,11 +104,21 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(ADDS, _added),
 }
 """By the function that is called."""
+KEYWORDS: dict[Rule, dict[str, str]] = {
+    _dense: {"input": "x"},
+    _addmm: {"input": "bias", "mat1": "x", "mat2": "weight"},
+    _matmul: {"input": "x", "other": "weight", "tensor2": "weight", "mat2": "weight"},
+    _embedding: {"input": "index"},
+    **dict.fromkeys((_multiplied, _added), {"input": "left", "other": "right"}),
+    **dict.fromkeys(CONVOLUTION_RULES.values(), {"input": "x"}),
+    **NORM_KEYWORDS,
+}
+"""By the rule: what it calls the arguments that torch calls otherwise."""
 
 
 SPLITS: tuple[Any, ...] = (torch.chunk, Tensor.chunk, torch.split, Tensor.split)
 """Functions that cut a parameter into runs of rows."""
 COUPLING: dict[Any, Callable[..., bool]] = {
-    F.batch_norm: lambda x, mean=None, variance=None, weight=None, bias=None, training=False, *_, **__: bool(training),
+    F.batch_norm: lambda *args, **kwargs: bool(args[5] if len(args) > 5 else kwargs.get("training", False)),
 }
 """Calls that couple the examples of a batch, and whether their arguments do."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch.autograd.graph import get_gradient_edge
 from curvkit import seeds
 from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
 from curvkit.estimators.recording import Recording
+from curvkit.estimators.rule_check import compared, refuse_unlike
 from curvkit.estimators.uses import Use
 from curvkit.losses import KnownLoss, as_loss
 
 PURPOSE = "examples apart"
+CHECKPOINT = "CheckpointFunctionBackward"
 
 
 def loss_of(estimator: str, outputs: Any, loss: Any = None) -> KnownLoss:
@@ -128,8 +130,9 @@ def refuse_unfit(estimator: str, recording: Recording, outputs: Any) -> None:
     """Refuse a recording whose examples cannot be told apart, or that has not seen all.
 
     In training the rules cannot be held against examples run alone. Instead gradients of the outputs of one half of the examples are
-    looked at: they must vanish at the rows of the other half, wherever a parameter is used. And the graph is walked through for uses of
-    parameters that were not seen.
+    looked at: they must vanish at the rows of the other half, wherever a parameter is used. The gradients of parameters that the rules
+    give are held against those of the same backward pass, see `refuse_unlike`; parameters with hooks are left out of that. And the graph
+    is walked through for uses of parameters that were not seen.
 
     Args:
         estimator: For messages.
@@ -140,7 +143,7 @@ def refuse_unfit(estimator: str, recording: Recording, outputs: Any) -> None:
         InvalidArgument: If it is not one forward pass, or the outputs are not of it.
         UnsupportedModel: Naming what couples the examples, or the parameter that has no rule.
 
-    Cost: a backward pass without gradients of parameters, two where positions lie before examples.
+    Cost: a backward pass with gradients of parameters; where positions lie before examples, another one without.
     """
     name = f"{estimator}.from_recording"
     refuse_other_passes(name, recording, outputs)
@@ -169,7 +172,7 @@ def refuse_unfit(estimator: str, recording: Recording, outputs: Any) -> None:
             f"{name}: {unseen} is used in a way that the recording did not see, as inside compiled or scripted code, or a "
             "torch.autograd.Function. Leave it out, recording(model, parameters=[...]), or record the model that is not compiled."
         )
-    _refuse_mixed(name, recording, outputs)
+    _refuse_by_gradients(name, recording, outputs)
 
 
 def refuse_other_passes(name: str, recording: Recording, outputs: Any) -> None:
@@ -182,6 +185,7 @@ def refuse_other_passes(name: str, recording: Recording, outputs: Any) -> None:
 
     Raises:
         InvalidArgument: Saying which.
+        UnsupportedModel: If part of it is in a reentrant checkpoint, whose parameters are not in the graph.
     """
     if recording.calls != 1:
         raise InvalidArgument(
@@ -203,6 +207,23 @@ def refuse_other_passes(name: str, recording: Recording, outputs: Any) -> None:
             f"{name}: the outputs have no graph. Record with gradients on, and call from_recording before loss.backward(), or with "
             "loss.backward(retain_graph=True)."
         )
+    if any(node.name() == CHECKPOINT for node in _nodes(outputs)):
+        raise UnsupportedModel(
+            f"{name}: a reentrant checkpoint hides the parameters in it from the graph. Use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or estimate()."
+        )
+
+
+def _nodes(outputs: Tensor) -> Iterator[Any]:
+    """All of the graph."""
+    seen: set[Any] = {None}
+    stack: list[Any] = [outputs.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += [before for before, _ in node.next_functions]
+            yield node
 
 
 def _unseen(recording: Recording, outputs: Tensor) -> str | None:
@@ -227,19 +248,20 @@ def _unseen(recording: Recording, outputs: Tensor) -> str | None:
     return None
 
 
-def _refuse_mixed(name: str, recording: Recording, outputs: Tensor) -> None:
+def _refuse_by_gradients(name: str, recording: Recording, outputs: Tensor) -> None:
     N, calls = recording.num_examples, [use.output for use in recording.uses]
-    if N < 2 or not calls:
+    if not calls:
         return
-    draw = seeds.generator(0, PURPOSE)
-    half = torch.randperm(N, generator=draw)[: N // 2]
+    draw, parameters = seeds.generator(0, PURPOSE), compared(recording)
+    half = torch.randperm(N, generator=draw)[: (N + 1) // 2]
     chosen = torch.zeros(N, dtype=torch.bool).index_fill_(0, half, True).to(outputs.device)
     s = torch.randn(outputs.shape, generator=draw, dtype=torch.float64).to(outputs)
     elsewhere = any(use.shape[0] != N or (len(use.shape) > 2 and use.shape[1] == N) for use in recording.uses)
     for own in (chosen, ~chosen) if elsewhere else (chosen,):
         masked = s * own.to(s).view(-1, *(1,) * (s.ndim - 1))
-        found: Any = torch.autograd.grad(outputs, calls, masked, retain_graph=True, allow_unused=True)
-        for use, g in zip(recording.uses, found, strict=True):
+        wanted: list[Any] = [*calls, *(parameters.values() if own is chosen else ())]
+        found: Any = torch.autograd.grad(outputs, wanted, masked, retain_graph=True, allow_unused=True)
+        for use, g in zip(recording.uses, found, strict=False):
             if g is None:
                 continue
             for form in use.forms:
@@ -249,3 +271,6 @@ def _refuse_mixed(name: str, recording: Recording, outputs: Tensor) -> None:
                         f"{name}: the outputs of some examples depend on the rows of others where {form.name} is used: the model couples "
                         "its examples, or keeps them in another dimension than their number suggests. Put examples into dimension 0."
                     )
+        if own is chosen:
+            gradients = dict(zip(parameters, found[len(calls) :], strict=True))
+            refuse_unlike(name, recording, found[: len(calls)], gradients)

@@ -16,6 +16,7 @@ from curvkit.estimators.forms import Form
 from curvkit.estimators.mapped_examples import mapped_squares
 from curvkit.estimators.matrices import Matrix
 from curvkit.estimators.recording import Recording
+from curvkit.estimators.row_runs import Rows
 from curvkit.estimators.scales import Scale
 from curvkit.estimators.scrutiny import Scrutiny
 from curvkit.estimators.uses import grouped, summed_squares
@@ -193,7 +194,7 @@ def recorded_squares(
     Cost: a product of matrices per call, as for the gradient.
     """
     return {
-        name: summed_squares([_raised(form, g) for form, g in uses])
+        name: summed_squares([raised(form, g) for form, g in uses])
         for name, uses in grouped(recording.uses, pulled).items()
         if name not in refused
     }
@@ -226,8 +227,18 @@ def recorded_mean(estimator: str, recording: Recording, outputs: Tensor, s: Tens
     return {name: value.detach() for name, value in sample.items()}
 
 
-def _raised(form: Form, g: Tensor) -> tuple[Form, Tensor]:
-    """Half precision, as of autocast in training, to float32."""
+def raised(form: Form, g: Tensor) -> tuple[Form, Tensor]:
+    """Bring half precision, as of autocast in training, to float32.
+
+    Args:
+        form: Of a recorded call.
+        g: dL/dz.
+
+    Returns:
+        Both, in float32 at least.
+    """
+    if isinstance(form, Rows):
+        form = replace(form, inner=raised(form.inner, g)[0])
     x = form.x if isinstance(form, Matrix | Scale) else None
     if x is not None and x.dtype.itemsize < 4:
         form = replace(form, x=x.float())

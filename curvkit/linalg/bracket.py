@@ -14,11 +14,14 @@ from curvkit.linalg.patterns import infinity, magnitudes
 
 LEAST = 1 << 17
 """Fewer values are not worth a sample."""
-SAMPLE, PART = 1 << 18, 64
+SAMPLE, PART = 1 << 18, 61
 """At most so many values are drawn, and one of so many."""
+KEPT = 32
+"""At most one of so many values is kept, or `LEAST`."""
 DEVIATIONS = 4.5
 """Half-width of the bracket, in standard deviations of a share in independent draws. Beyond it lie 7 samples in a million."""
 TURN = (math.sqrt(5) - 1) / 2
+"""The golden section, for where the sample of each tensor starts."""
 
 
 def kth_in_bracket(tensors: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[int, int, int] | None:
@@ -37,19 +40,23 @@ def kth_in_bracket(tensors: Sequence[Tensor], k: int, dtype: torch.dtype) -> tup
         Bit pattern, number of values below it, number of values equal to it. None where the bracket missed, or with NaN, or where
         there are too few values to be worth it: count all bits then.
 
-    Cost: One reading, and 1 to 2 % of the values, at least 1 MiB.
+    Cost: One reading, and the memory of 1 to 2 % of the values, at most of 1/32 of them; at least 1 MiB.
     Source: sampling to select, as Floyd & Rivest (1975), with one reading and in chunks.
     """
     n = sum(tensor.numel() for tensor in tensors)
     if n < LEAST or any(tensor.device.type != "cpu" for tensor in tensors):
         return None
-    sample = np.sort(np.concatenate(list(_sampled(tensors, dtype, n))))
+    drawn = list(_sampled(tensors, dtype, n))
+    if sum(map(len, drawn)) < LEAST // 256:  # short tensors, none of whose starts is met
+        return None
+    sample = np.concatenate(drawn)
+    sample.sort()
     m, q = len(sample), k / n
     middle, width = q * m, DEVIATIONS * math.sqrt(q * (1 - q) * m) + 2
     begin, end = math.floor(middle - width), math.ceil(middle + width)
     low = int(sample[begin]) if begin >= 0 else 0
     high = int(sample[end]) if end < m else infinity(dtype)
-    room = np.empty(max(LEAST, math.ceil(2 * (end - begin) / m * n)), dtype=sample.dtype)
+    room = np.empty(max(LEAST, n // KEPT), dtype=sample.dtype)
     kept = below = 0
     for part in _parts(tensors, dtype):
         if int(part.max()) > infinity(dtype):
@@ -81,15 +88,15 @@ def _parts(tensors: Iterable[Tensor], dtype: torch.dtype) -> Iterator[NDArray[np
 
 
 def _sampled(tensors: Iterable[Tensor], dtype: torch.dtype, n: int) -> Iterator[NDArray[np.signedinteger]]:
-    """One value of each run of equal length, at places that follow no period."""
-    run = max(PART, n // SAMPLE)
-    for tensor in tensors:
-        if not tensor.numel():
-            continue
-        begins = torch.arange(0, tensor.numel(), run)
-        within = torch.arange(len(begins), dtype=torch.float64).mul_(TURN).remainder_(1.0).mul_(run).long()
-        places = begins.add_(within).clamp_(max=tensor.numel() - 1)
-        flat = tensor.is_contiguous()
-        drawn = tensor.view(-1)[places] if flat else tensor[torch.unravel_index(places, tensor.shape)]
+    """Every so many-th value; the distance is a prime number, so that it is no multiple of the length of rows."""
+    distance = max(PART, n // SAMPLE)
+    while any(distance % factor == 0 for factor in range(2, math.isqrt(distance) + 1)):
+        distance += 1
+    for index, tensor in enumerate(tensors):
+        start = int(index * TURN % 1 * distance)
+        if tensor.is_contiguous():
+            drawn = tensor.view(-1)[start::distance]
+        else:
+            drawn = tensor[torch.unravel_index(torch.arange(start, max(start, tensor.numel()), distance), tensor.shape)]
         for patterns in magnitudes(drawn, dtype):
             yield patterns.numpy().copy()

@@ -64,7 +64,7 @@ class BatchProbes:
 
         Args:
             objective: The function, cut as the plan says.
-            covered: Which parameters have rules.
+            covered: Which parameters have rules, in batches cut so.
             index: Of the batch.
             residual: Of H - G: the loss is replaced by <dL/dz held fixed, z> with the outputs z.
 
@@ -156,7 +156,7 @@ class BatchProbes:
                         found[form.name] += _dot(changes[id(form)], g_dot)
                     x_dot = places.get(id(form.factor))
                     if g is not None and x_dot is not None and isinstance(signs, Signs):
-                        found[form.name] += _dot(_change(_with_input(form, x_dot), signs), g)
+                        found[form.name] += _dot(_change(form.moved(x_dot), signs), g)
             for (name, v), product in zip(shared.items(), dots[len(self.uses) + len(self.pairs) :], strict=True):
                 found[name] += 0.0 if product is None else _dot(v, product)
         return torch.tensor([found[name] for name in self.names], dtype=torch.float64)
@@ -191,6 +191,7 @@ class ExampleProbes:
     objective: Objective
     """In the precision that is computed in, cut as the plan says."""
     coverage: Coverage
+    """Of this very objective: rules that hold for whole batches may fail for parts of them."""
     residual: bool
     seed: int
     keep: bool
@@ -261,10 +262,6 @@ def _signs(like: Tensor, purpose: str, shape: Sequence[int] | None, seed: int, d
 def _change(form: Form, signs: Signs | Tensor) -> Tensor:
     """V x, of the shape of z."""
     return signs if isinstance(signs, Tensor) else form.probe(signs)
-
-
-def _with_input(form: Form, x: Tensor) -> Form:
-    return form.moved(x)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvkit import seeds
+from curvkit.estimators.coverage import Coverage, coverage
 from curvkit.estimators.examples import ExampleSquares
 from curvkit.estimators.ggn_structure import GGNStructure
 from curvkit.linalg import student
@@ -72,7 +74,7 @@ class ExampleTrace:
         p = len(self.objective.parameters.names)
         if not self.way.control:
             return torch.zeros(p, dtype=torch.float64)
-        structure = GGNStructure(self.objective, ExampleSquares(self.objective, self.way.coverage, ESTIMATOR))
+        structure = GGNStructure.of(self.objective, ESTIMATOR)
         total, weights = torch.zeros(p, dtype=torch.float64), list[float]()
         for index, piece in enumerate(self._pieces()):
 
@@ -81,7 +83,7 @@ class ExampleTrace:
                 sums = [found[name].sum(dtype=torch.float64).cpu() for name in piece.parameters.names]
                 return torch.stack([*sums, torch.tensor(weight, dtype=torch.float64)])
 
-            row = _kept(journal, f"control/{index}", made, p + 1)
+            row = _kept(journal, f"control/{self._cut}/{index}", made, p + 1)
             total += row[:-1]
             weights.append(row[-1].item())
         return total / self.objective.denominator(weights)
@@ -100,7 +102,7 @@ class ExampleTrace:
         known, source, samples = self.known(journal), self.probes(), Samples(lengths)
         while True:
             number = samples.size
-            samples.append(_kept(journal, f"probe/{number}", lambda i=number: source.row(i), len(lengths)))
+            samples.append(_kept(journal, f"probe/{self._cut}/{number}", lambda i=number: source.row(i), len(lengths)))
             draws = samples.draws(products=samples.size, step=1, known=known)
             yield draws, self.way.method, "as asked" if asked else self.way.reason
 
@@ -123,24 +125,37 @@ class ExampleTrace:
         def made() -> Tensor:
             double = self.objective.converted(dtype=torch.float64)
             pair = [self._probes(each, keep=False) for each in (double, self.objective)]
-            rows_ = [[each.row(i).sum() + self._root(each.objective, i) for i in range(PROBES)] for each in pair]
+            both = [(each, ExampleSquares.of(each.objective, ESTIMATOR)) for each in pair]
+            rows_ = [[each.row(i).sum() + self._root(squares, i) for i in range(PROBES)] for each, squares in both]
             return torch.tensor(rows_[0], dtype=torch.float64) - torch.tensor(rows_[1], dtype=torch.float64)
 
-        d = _kept(journal, "rounding", made, PROBES)
+        d = _kept(journal, f"rounding/{self._cut}", made, PROBES)
         return abs(d.mean().item()) + student.quantile(PROBES - 1) * (d.std() / PROBES**0.5).item()
 
     def _probes(self, objective: Objective, *, keep: bool) -> ExampleProbes:
         parts = objective.cut(self.plan.micro_batches)[0]
-        return ExampleProbes(parts, self.way.coverage, residual=self.way.control > 0.0, seed=self.seed, keep=keep)
+        return ExampleProbes(parts, self._covered, residual=self.way.control > 0.0, seed=self.seed, keep=keep)
+
+    @property
+    def _cut(self) -> int:
+        """What is kept belongs to the parts of the data."""
+        return self.plan.micro_batches
+
+    @cached_property
+    def _covered(self) -> Coverage:
+        """In the parts of the plan, which may have changed since the way was chosen."""
+        parts = self.plan.micro_batches
+        return self.way.coverage if parts == self.way.parts else coverage(self.objective.cut(parts)[0])
 
     def _pieces(self) -> list[Objective]:
         parts = self.objective.cut(self.plan.micro_batches)[0]
         return [parts.with_batches([batch]) for batch in parts.batches]
 
-    def _root(self, objective: Objective, draw: int) -> float:
+    def _root(self, squares: ExampleSquares, draw: int) -> float:
         """A sample of tr G."""
         if not self.way.control:
             return 0.0
+        objective = squares.objective
 
         def cotangents(index: int, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
             number = draw * len(objective.batches) + index
@@ -148,7 +163,7 @@ class ExampleTrace:
             yield hessian_in_outputs(objective.loss, outputs.detach(), targets).root(v.view_as(outputs))
 
         total, weights = 0.0, list[float]()
-        for found, weight in ExampleSquares(objective, self.way.coverage, ESTIMATOR).batches(cotangents):
+        for found, weight in squares.batches(cotangents):
             total += sum(value.sum(dtype=torch.float64).item() for value in found.values())
             weights.append(weight)
         return total / objective.denominator(weights)

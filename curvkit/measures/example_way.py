@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from curvkit.errors import InvalidArgument
+from curvkit.errors import CurvkitError, InvalidArgument
 from curvkit.estimators.coverage import Coverage, coverage
 from curvkit.estimators.ggn_structure import predicted_gradients
 from curvkit.linalg import student
@@ -24,6 +24,8 @@ PLAIN, CONTROLLED = 1.8, 0.6
 """Deviation of a probe relative to the trace, times the root of the number of examples, as it was on networks of dense layers."""
 CONTROL = 60.0
 """Gradients that the control may cost, as much as the probes that are drawn in any case, about."""
+ON_SINGLE_ROWS = (CurvkitError, RuntimeError, ValueError, IndexError, AssertionError, MemoryError)
+"""What comes of a model that cannot be run on single rows, or not within the memory; anything else is a fault, and shows."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Way:
 
     method: str
     coverage: Coverage
+    """Of the data in parts."""
+    parts: int
+    """Of each batch, for which that was looked at."""
     examples: int
     control: float
     """Gradients of the exact part; 0 without."""
@@ -55,7 +60,7 @@ class Way:
         return self.control + probes * PER_PROBE[0 if keeps(plan) else 1]
 
 
-def chosen(objective: Objective, search: linalg_trace.Settings) -> Way | None:
+def chosen(objective: Objective, search: linalg_trace.Settings, plan: Plan) -> Way | None:
     """Choose between signs per example, these with a control, and products.
 
     "auto" takes signs per example where the loss is a sum over examples, there are 32 or more, and 90 % of the parameters have rules and
@@ -65,6 +70,7 @@ def chosen(objective: Objective, search: linalg_trace.Settings) -> Way | None:
     Args:
         objective: In the precision that is computed in.
         search: What is wanted.
+        plan: Of the products; the data is looked at in its parts.
 
     Returns:
         None for products.
@@ -76,27 +82,27 @@ def chosen(objective: Objective, search: linalg_trace.Settings) -> Way | None:
     Cost: some forward passes over the data, and gradients of a few rows.
     """
     n, number = objective.parameters.n, sum(rows(batch) or 0 for batch in objective.batches)
+    parts, cut = plan.micro_batches, objective.cut(plan.micro_batches)[0]
     if search.method in METHODS:
-        covered = coverage(objective)
-        return Way(
-            search.method, covered, number, predicted_gradients(objective) if search.method == "controlled" else 0.0
-        )
+        covered = coverage(cut)
+        cost = predicted_gradients(objective) if search.method == "controlled" else 0.0
+        return Way(search.method, covered, parts, number, cost)
     if search.method != "auto" or n <= linalg_trace.SMALL or not objective.divisible or number < EXAMPLES:
         return None
     try:
-        covered = coverage(objective)
-    except Exception:  # the user's model on single rows: products do not need them
+        covered = coverage(cut)
+    except ON_SINGLE_ROWS:  # products do not need them
         return None
     sizes = {entry.name: entry.numel for entry in objective.parameters.entries}
-    if sum(sizes[name] for name in without_rank_one(objective, covered)) < COVERED * n:
+    if sum(sizes[name] for name in without_rank_one(cut, covered)) < COVERED * n:
         return None
     try:
         cost = predicted_gradients(objective)
-    except Exception:  # no known factor, or a model that cannot be counted
+    except CurvkitError:  # no known factor, or a model that cannot be counted
         cost = 2 * CONTROL
-    return (
-        Way("controlled", covered, number, cost) if cost <= CONTROL else Way("example-hutchinson", covered, number, 0.0)
-    )
+    if cost <= CONTROL:
+        return Way("controlled", covered, parts, number, cost)
+    return Way("example-hutchinson", covered, parts, number, 0.0)
 
 
 def keeps(plan: Plan) -> bool:
@@ -122,7 +128,7 @@ def probes_expected(tolerance: float, way: Way) -> int:
         30 at least, for a deviation of a probe of 1.8 / sqrt(N) of the trace with N examples, or a third of that with the control, about.
 
     Example:
-        >>> probes_expected(0.01, Way("controlled", Coverage((), {}), 100, 7.0))
+        >>> probes_expected(0.01, Way("controlled", Coverage((), {}), 1, 100, 7.0))
         181
     """
     return student.probes_needed((CONTROLLED if way.control else PLAIN) / max(way.examples, 1) ** 0.5, tolerance)

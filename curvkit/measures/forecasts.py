@@ -95,7 +95,7 @@ def forecast_trace(objective: Objective, settings: TraceSettings | None = None) 
     objective, plan = settings.planned(objective)
     refuse_unfit(settings.search, settings.rule)
     n, search = objective.parameters.n, fitted(settings, objective, plan)
-    way = chosen(objective, search) if settings.rule == "reverse" else None
+    way = chosen(objective, search, plan) if settings.rule == "reverse" else None
     expected = 0 if way is None else min(probes_expected(search.tolerance, way), search.max_products)
     per = OPERATORS[settings.rule].kind.gradients_per_product[0 if plan.residency == "retained" else 1]
     sampled = 0.0 if way is None else way.gradients(expected, plan) / per

@@ -21,7 +21,7 @@ from curvkit.measures import piecewise_linear
 from curvkit.measures.definitions import definition, doubts
 from curvkit.measures.engine import Engine
 from curvkit.measures.example_trace import ExampleTrace, SeenSamples, example_steps
-from curvkit.measures.example_way import METHODS, Way, chosen, probes_expected, refuse_unfit
+from curvkit.measures.example_way import METHODS, ON_SINGLE_ROWS, Way, chosen, probes_expected, refuse_unfit
 from curvkit.measures.products import other_arithmetic, refuse_asymmetry
 from curvkit.measures.remembering import decided, recorded_arithmetic, settled_seed
 from curvkit.measures.trace_result import Trace, shares
@@ -208,7 +208,7 @@ def _estimates(
     """By the structure of the network where that is exact and cheap or asked for, else by products; `said` takes notes."""
     search, clock, start = settings.search, journal.clock, operator.gradient
     began = clock()
-    way = chosen(operator.objective, search) if settings.rule == "reverse" else None
+    way = chosen(operator.objective, search, operator.plan) if settings.rule == "reverse" else None
     most = most_by_structure(settings, operator.n)
     if way is not None:
         most = min(most, products_by_examples(way, search, operator))
@@ -267,7 +267,9 @@ def _by_structure(
             if search.max_seconds is not None and now - began + left > search.max_seconds:
                 return False
             yield partial
-    except Exception as error:  # the model under vmap, or a class of negative weight that the first rows did not have
+    except (
+        ON_SINGLE_ROWS
+    ) as error:  # the model under vmap, or a class of negative weight that the first rows did not have
         reason = str(error).strip().partition("\n")[0]
         said.append(
             "the structure of the network, which is piecewise linear, could not be used, and products were: one example at a time gave "

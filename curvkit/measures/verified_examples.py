@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvkit import seeds
+from curvkit.errors import UnsupportedModel
 from curvkit.estimators.coverage import coverage
 from curvkit.measures.example_trace import ExampleTrace
 from curvkit.measures.example_way import Way
@@ -16,6 +17,7 @@ from curvkit.measures.trace_result import Trace
 from curvkit.measures.traces import Operator
 from curvkit.measures.verification import CLOSE
 from curvkit.measures.verified_parts import Check
+from curvkit.operators.independence import rows_are_independent
 from curvkit.results.journal import NOTHING_KEPT
 
 PURPOSE = "verified probes"
@@ -41,7 +43,7 @@ def sampled_again(
 
     Raises:
         ValueError: If the plan cuts the data into no number of parts.
-        UnsupportedModel: If the examples cannot be told apart.
+        UnsupportedModel: If the examples cannot be told apart, or batches were cut whose rows are not shown to be examples.
         CurvkitError: If a sample is not finite.
 
     Cost: as much as `num_probes` probes, and the exact part.
@@ -51,7 +53,12 @@ def sampled_again(
     if isinstance(parts, bool) or not isinstance(parts, int) or not 1 <= parts <= max(objective.examples or 1, 1):
         raise ValueError(f"micro_batches={parts!r} is no number of parts of {objective.examples} examples")
     control = 1.0 if found.method == "controlled" else 0.0
-    way = Way(found.method, coverage(objective), objective.examples or 0, control)
+    if parts > 1 and not rows_are_independent(objective, objective.batches):
+        raise UnsupportedModel(
+            f"trace: the samples were taken with each batch in {parts:,} parts, and the rows of a batch are not shown to be examples of "
+            "their own, so that they belong to another function. Measure again by products, or with more memory."
+        )
+    way = Way(found.method, coverage(objective.cut(parts)[0]), parts, objective.examples or 0, control)
     it = ExampleTrace(objective, stated.plan, way, stated.seed)
     slack = ALONG * (found.rounding or 0.0)
     if control:

@@ -75,7 +75,7 @@ class Projected:
 
         Of ||A|| the larger of the scale and of the longest A P v so far is taken, of ||B|| the longest P A P v, for unit vectors v.
         """
-        return assumed_error(self._operator) * (max(1.0, self._met / self._left) if self._left > 0.0 else 1.0)
+        return assumed_error(self._operator) * (self._met / self._left if self._left > 0.0 else 1.0)
 
     @property
     def arithmetic(self) -> object:
@@ -167,7 +167,8 @@ class Projected:
 def _known(projection: Any) -> float:
     """The largest scale of the eigenpairs that a projection, or two that it joins, are made of; 0 where there are none."""
     parts = (projection, getattr(projection, "first", None), getattr(projection, "second", None))
-    return max(part.eigenpairs.scale if hasattr(part, "eigenpairs") else 0.0 for part in parts)
+    pairs: list[Any] = [getattr(part, "eigenpairs", None) for part in parts]
+    return max((each.scale for each in pairs if each is not None), default=0.0)
 
 
 def _checked(scale: float) -> float:
