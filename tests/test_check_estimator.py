@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvkit import Objective, seeds
 from curvkit.errors import InvalidArgument
-from curvkit.estimators import EmpiricalFisher
+from curvkit.estimators import EmpiricalFisher, Hutchinson
 from curvkit.models import MLP
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate
 from curvkit.testing import check_estimator
@@ -467,3 +467,24 @@ def test_an_estimator_that_is_exact_here_may_ignore_its_seed(stderr: float):
         return replace(found, stderr=errors)
 
     check_estimator(dataclass(frozen=True)(type("Lucky", (Noisy,), {"estimate": estimate}))(size=0.0))
+
+
+@dataclass(frozen=True)
+class NoisyFactor:
+    """Hutchinson's probes times a factor: small beside the errors of single entries."""
+
+    factor: float = 1.0
+    num_probes: int = 6
+
+    def estimate(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
+        found = Hutchinson(self.num_probes).estimate(objective, seed=seed)
+        assert found.stderr is not None
+        values = {name: self.factor * value for name, value in found.values.items()}
+        errors = {name: self.factor * value for name, value in found.stderr.items()}
+        return replace(found, values=values, stderr=errors, sums=None, estimator=repr(self))
+
+
+def test_a_factor_that_is_small_beside_the_errors_of_entries():
+    check_estimator(NoisyFactor())
+    with pytest.raises(InvalidArgument, match=r"'the mean is the truth' does not hold: .* times that"):
+        check_estimator(NoisyFactor(1.2))

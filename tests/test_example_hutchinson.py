@@ -364,3 +364,31 @@ def test_the_peak_is_as_stated():
     measured, stated = map(int, run.stdout.split())
     assert measured <= 1.1 * stated
     assert measured >= 0.3 * stated
+
+
+class TwoKinds(nn.Module):
+    """One matrix as a layer and as an offset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(N, N)), nn.Linear(N, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(F.linear(x, self.w)[:, None] + self.w)).mean(1)
+
+
+def test_a_matrix_that_is_an_offset_too_has_shared_signs():
+    """Rung 2, dense: no sign is product of two vectors and free at once."""
+    with seeded(1):
+        model = TwoKinds().double()
+    x, y = normal(N, N), classes(N, num=3, seed=2)
+    objective = Objective(model, F.cross_entropy, [(x, y)])
+    found = ExampleHutchinson(num_probes=200).estimate(objective, seed=0)
+    assert any(note.startswith("w has no rule (it enters both as a matrix and entry by entry)") for note in found.notes)
+    truth = dense(model, lambda call: F.cross_entropy(call(x), y)).hessian.diagonal()
+    z = (flat(found.values) - truth) / flat(found.stderr)
+    assert z.abs().max() < 5.0
+    with ExampleHutchinson().recording(model) as recording:
+        outputs = model(x)
+    with pytest.raises(UnsupportedModel, match="ExampleHutchinson: w cannot have signs of its own: it enters both"):
+        ExampleHutchinson().from_recording(recording, outputs, y, seed=0)

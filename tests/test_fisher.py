@@ -26,6 +26,7 @@ from curvkit.estimators.expected import held_bytes
 from curvkit.estimators.lookups import Lookup
 from curvkit.estimators.mapped_examples import mapped_squares
 from curvkit.estimators.recording import Recording
+from curvkit.estimators.rule_check import compared
 from curvkit.losses import KnownLoss, token_cross_entropy
 from curvkit.operators import GGN
 
@@ -683,10 +684,10 @@ class Misled(Recording):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("estimator", [EmpiricalFisher(), Fisher()])
 def test_a_rule_that_does_not_hold_is_noticed_in_training(estimator: Any, dtype: torch.dtype):
-    with seeded(3):
-        model = Placed(lambda p: p[None]).to(torch.float32 if dtype.itemsize < 4 else dtype)
-    x, y = normal(N, 4, 5).to(model.head.weight.dtype), classes(N, num=3)
+    x, y = normal(N, 4, 5).to(torch.float32 if dtype.itemsize < 4 else dtype), classes(N, num=3)
     for kind in (Recording, Misled):
+        with seeded(3):
+            model = Placed(lambda p: p[None]).to(x.dtype)
         with torch.autocast("cpu", dtype, enabled=dtype.itemsize < 4), kind.of(model) as recording:
             outputs = model(x).float() if dtype.itemsize < 4 else model(x)
         if kind is Misled:
@@ -698,11 +699,28 @@ def test_a_rule_that_does_not_hold_is_noticed_in_training(estimator: Any, dtype:
             assert estimator.from_recording(recording, outputs, y, seed=1).trace > 0
 
 
+def test_rules_are_compared_once():
+    """For each kind of calls; numbers are the same with and without."""
+    model, x, y, kinds = network(5, 4, 3), normal(N, 5), classes(N, num=3), list[int]()
+    for rows in (N, N, 4, 4, N):
+        with Fisher().recording(model) as recording:
+            outputs = model(x[:rows])
+        kinds.append(len(compared(recording)))
+        found = Fisher().from_recording(recording, outputs, y[:rows], seed=1)
+        again = Fisher().from_recording(recording, outputs, y[:rows], seed=1)
+        assert torch.equal(flat(found.values), flat(again.values))
+    assert kinds == [4, 0, 4, 0, 0]
+
+
 def test_hooks_of_parameters_are_not_called():
     """They may change gradients, and count calls."""
     model, x, y, calls = network(5, 4, 3), normal(N, 5), classes(N, num=3), list[Tensor]()
-    hook: Any = lambda g: calls.append(g) or 2.0 * g
-    model[0].weight.register_hook(hook)
+
+    def hook(g: Tensor) -> Tensor:
+        calls.append(g)
+        return 2.0 * g
+
+    next(model.parameters()).register_hook(hook)
     with Fisher().recording(model) as recording:
         outputs = model(x)
     Fisher().from_recording(recording, outputs, y, seed=1)

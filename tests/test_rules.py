@@ -470,7 +470,7 @@ def test_a_rule_that_fails_refuses_its_parameters():
 def test_calls_without_gradients_refuse_nothing():
     def watched(m: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
-            m.w * m.w, m.w @ m.m, F.linear(m.m, m.m)
+            _ = m.w * m.w, m.w @ m.m, F.linear(m.m, m.m)
         return x @ m.m
 
     model = Named(watched).double()

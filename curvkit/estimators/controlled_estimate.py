@@ -14,8 +14,8 @@ from torch import Tensor
 from curvkit import seeds
 from curvkit.errors import InvalidArgument, UnsupportedModel
 from curvkit.estimators.exact_diagonal import Exact
+from curvkit.estimators.example_hutchinson import ExampleHutchinson
 from curvkit.estimators.expected import Expected, Foreseeing
-from curvkit.estimators.hutchinson import Hutchinson
 from curvkit.estimators.likelihoods import refuse_without_likelihood
 from curvkit.estimators.protocol import DiagonalEstimator
 from curvkit.losses.batches import inputs_and_targets
@@ -59,7 +59,8 @@ class Controlled:
     the residual alone; where `by` samples, too, both are added in squares, as their draws are independent.
 
     Args:
-        inner: Estimates the residual: `Hutchinson`, `ExampleHutchinson`, or another one that has `estimate_residual`.
+        inner: Estimates the residual: `ExampleHutchinson`, or another one that has `estimate_residual`, as `Hutchinson`, which needs no
+            examples.
         by: Gives diag G: `Exact("ggn")`, by default at no more than 1000 gradients, or `Fisher`, which is unbiased for it.
 
     Accuracy: unbiased; the variance is that of `inner` on H - G.
@@ -75,7 +76,7 @@ class Controlled:
         ([[1.0, 1.0]], [[0.0, 0.0]])
     """
 
-    inner: ResidualEstimator = field(default_factory=Hutchinson)
+    inner: ResidualEstimator = field(default_factory=lambda: ExampleHutchinson(num_probes=10))
     by: DiagonalEstimator = field(default_factory=lambda: Exact("ggn", max_gradients=1_000.0))
     matrix: ClassVar[str] = "hessian"
 
@@ -110,7 +111,13 @@ class Controlled:
         """
         began, seed, objective = time.perf_counter(), seeds.settle(seed), objective.raised()
         self._refuse_another_matrix(objective)
-        G = self.by.estimate(objective, seed=seed)
+        try:
+            G = self.by.estimate(objective, seed=seed)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(
+                f"Controlled: no control. {error} Here that is an option of `by`, by.max_gradients; by=Fisher(num_samples=10) is a control "
+                "that costs little."
+            ) from error
         R = self.inner.estimate_residual(objective, seed=seed)
         values = {name: G.values[name] + value for name, value in R.values.items()}
         peaks = [cost.peak_bytes for cost in (G.cost, R.cost) if cost.peak_bytes is not None]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import CurvkitError, UnsupportedModel
+from curvkit.estimators.probing import TWO_KINDS, of_two_kinds
 from curvkit.estimators.recording import Recording
 from curvkit.estimators.scrutiny import Scrutiny, another_path
 from curvkit.losses.batches import rows
@@ -48,6 +49,7 @@ def coverage(objective: Objective) -> Coverage:
     """
     scrutiny = Scrutiny(objective, "per-example estimators")
     parameters: Any = dict(zip(objective.parameters.names, objective.tensors, strict=True))
+    mixed: dict[str, str] = {}
     for index, batch in enumerate(objective.batches):
         with objective.measuring():
             with Recording(parameters, rows(batch) or 0) as recording:
@@ -55,7 +57,8 @@ def coverage(objective: Objective) -> Coverage:
             draw = seeds.generator(0, PURPOSE, index)
             s = torch.randn(outputs.shape, generator=draw, dtype=torch.float64).to(outputs)
             scrutiny.look(batch, recording, outputs, s)
-    refused = scrutiny.refused
+            mixed |= dict.fromkeys(of_two_kinds(recording), TWO_KINDS)
+    refused = scrutiny.refused | mixed
     return Coverage(tuple(name for name in objective.parameters.names if name not in refused), refused)
 
 

@@ -195,7 +195,7 @@ class Exact:
         for state in unit_products.steps(A):
             diagonal = state.diagonal
             yield ExactState(state.done / A.n, f"{state.done:,} of {A.n:,} products")
-        notes = (f"by products with the {A.n:,} unit vectors", *([chosen.why] if chosen.why else []), *A.notes)
+        notes = (f"by products with the {A.n:,} unit vectors", *_without_structure(chosen.why), *A.notes)
         cost = Cost(chosen.expected.gradients, time.perf_counter() - began, A.n)
         yield self._last(objective, A.space.unflatten(diagonal), chosen.expected, cost, notes)
 
@@ -206,3 +206,9 @@ class Exact:
         said = tuple(dict.fromkeys((*notes, *objective.silenced_notes)))
         cost = replace(cost, peak_bytes=expected.peak_bytes(objective))
         return ExactState(1.0, "done", DiagonalEstimate(values, None, self.matrix, repr(self), cost, notes=said))
+
+
+def _without_structure(why: str | None) -> tuple[str, ...]:
+    """Why the structure did not serve, without the advice for those who asked for it."""
+    reason = (why or "").removeprefix("Exact: ").partition(" Use ")[0].rstrip(".")
+    return (f"not by structure: {reason}",) if reason else ()

@@ -42,7 +42,7 @@ class Fisher:
         before. By count, not by a clock; where layers have several positions, gradients of examples are written out, 64 MiB at a time.
 
     Example:
-        >>> import torch.nn.functional as F
+        >>> import torch, torch.nn.functional as F
         >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0]])
         >>> objective = Objective(model, F.mse_loss, [(x, torch.zeros(1, 1))])
         >>> found = Fisher(num_samples=400).estimate(objective, seed=0)   # 2 x x'
@@ -129,6 +129,7 @@ class Fisher:
         Cost: per sample a backward pass with squares, and one without for the checks.
 
         Example:
+            >>> import torch
             >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
             >>> with Fisher().recording(model) as recording:
             ...     outputs = model(x)

@@ -84,7 +84,7 @@ NORM_RULES: dict[Any, Rule] = {
 }
 """By the function that is called."""
 NORM_KEYWORDS: dict[Rule, dict[str, str]] = {
-    **dict.fromkeys((_layer_norm, _rms_norm), {"input": "x", "normalized_shape": "shape"}),
+    **{rule: {"input": "x", "normalized_shape": "shape"} for rule in (_layer_norm, _rms_norm)},
     _batch_norm: {"input": "x", "running_mean": "mean", "running_var": "variance"},
     _group_norm: {"input": "x", "num_groups": "groups"},
 }

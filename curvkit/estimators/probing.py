@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from curvkit import seeds
+from curvkit.errors import UnsupportedModel
 from curvkit.estimators.forms import Form, Signs
 from curvkit.estimators.recording import Recording
 from curvkit.estimators.uses import Use
 
 OUTPUTS = 9
 """Number of the signs at outputs, beside those of the factors of a matrix."""
+TWO_KINDS = "it enters both as a matrix and entry by entry"
 PURPOSE, SHARED = "per-example signs", "signs of parameters without a rule"
 
 
@@ -38,6 +40,9 @@ class Probing:
         total: L of its batch as a sum over examples, differentiable.
         others: Parameters without a rule, by name; their signs are shared by all examples.
 
+    Raises:
+        UnsupportedModel: If a parameter enters both as a matrix and entry by entry.
+
     Cost: one backward pass without gradients of parameters, with its graph.
     """
 
@@ -46,6 +51,10 @@ class Probing:
         self._num_examples = recording.num_examples
         self._parameters = recording.parameters
         self._order = {name: number for number, name in enumerate(recording.parameters)}
+        for name in of_two_kinds(recording):
+            raise UnsupportedModel(
+                f"ExampleHutchinson: {name} cannot have signs of its own: {TWO_KINDS}. Use Hutchinson, or Fisher."
+            )
         factors: dict[int, Tensor] = {}
         names = [form.name for use in recording.uses for form in use.forms]
         self._direct = {
@@ -166,6 +175,22 @@ class Probing:
         purpose = f"{SHARED} {name}"
         flat = seeds.signs(parameter.numel(), seed, purpose, index, dtype=parameter.dtype, device=parameter.device)
         return flat.view(parameter.shape)
+
+
+def of_two_kinds(recording: Recording) -> tuple[str, ...]:
+    """Find parameters whose uses want different signs: products of two vectors, and one for each entry.
+
+    Args:
+        recording: Of a forward pass.
+
+    Returns:
+        Their names.
+    """
+    kinds: dict[str, set[bool]] = {}
+    for use in recording.uses:
+        for form in use.forms:
+            kinds.setdefault(form.name, set()).add(form.factored)
+    return tuple(name for name, found in kinds.items() if len(found) > 1)
 
 
 def _total(parts: list[Tensor]) -> Tensor:

@@ -184,8 +184,8 @@ class Recording(TorchFunctionMode):
 
     def _forms(self, rule: Rule, output: Tensor, args: Any, kwargs: Any) -> tuple[Form, ...]:
         """What a rule gives; whatever it cannot take is no fault of the pass."""
-        names = KEYWORDS.get(rule, {})
-        named = {names.get(key, key): value for key, value in kwargs.items()}
+        names: dict[str, str] = KEYWORDS.get(rule, {})
+        named = {str(names.get(key, key)): value for key, value in kwargs.items()}
         try:
             return tuple(self._placed(form) for form in rule(self, output, *args, **named))
         except UnsupportedModel:

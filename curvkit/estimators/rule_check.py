@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvkit import seeds
 from curvkit.errors import UnsupportedModel
@@ -18,18 +19,28 @@ from curvkit.estimators.watched_squares import raised
 PURPOSE = "direction of a gradient"
 TOLERANCES = {8: 1e-6, 4: 0.03, 2: 0.1}
 """By the bytes of a number: TF32 and half precision round, and a rule that fails is off by about the gradient."""
+HELD: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+"""Models, as long as they live, with hashes of the kinds of passes whose rules held."""
 
 
 def compared(recording: Recording) -> dict[str, Tensor]:
-    """Parameters whose gradients may be asked for.
+    """Parameters whose gradients are to be compared, and may be asked for.
 
     Args:
         recording: Of the forward pass.
 
     Returns:
-        Those without hooks, which would be called, and may change gradients.
+        Those without hooks, which would be called, and may change gradients; none if a pass of the same calls was compared before.
     """
+    if recording.model is not None and _kind(recording) in HELD.get(recording.model, ()):
+        return {}
     return {name: p for name, p in recording.parameters.items() if p.requires_grad and not p._backward_hooks}
+
+
+def _kind(recording: Recording) -> int:
+    """Of a pass: its calls, their shapes and parameters."""
+    calls = tuple((use.shape, use.kind.dtype, type(form), form.name) for use in recording.uses for form in use.forms)
+    return hash((recording.num_examples, tuple(recording.parameters), calls))
 
 
 def refuse_unlike(
@@ -47,10 +58,12 @@ def refuse_unlike(
         pulled: dL/dz of its calls, for any cotangent of the outputs.
         gradients: Of torch.autograd for the same cotangent; None is zero.
 
+    Passes of the same calls and shapes are not compared again.
+
     Raises:
         UnsupportedModel: Naming the parameter.
 
-    Cost: a few passes over the inputs and outputs of the calls.
+    Cost: a few passes over the inputs and outputs of the calls, and over the gradients.
     """
     uses = grouped(recording.uses, pulled)
     draw = seeds.generator(0, PURPOSE)
@@ -65,24 +78,25 @@ def refuse_unlike(
                 (2.0 * torch.randint(2, (size,), generator=draw) - 1.0).to(like)
                 for size in (rows, math.prod(shape[1:]))
             )
-            V = (a[:, None] * b).view(shape)
             total, size = like.new_zeros(()), like.new_zeros(())
             for form, g in own:
-                part = _along(*raised(form, g), recording.num_examples, a, b, V)
+                part = _along(*raised(form, g), shape, recording.num_examples, a, b)
                 total, size = total + part.sum(), size + part.square().sum()
             size = size.sqrt()
             if truth is not None:
-                truth = (truth.to_dense() if truth.is_sparse else truth).to(like)
-                total, size = total - (truth * V).sum(), size + truth.norm()
+                truth = (truth.to_dense() if truth.is_sparse else truth).to(like).reshape(rows, -1)
+                total, size = total - a @ (truth @ b), size + truth.norm()
             tolerance = max((TOLERANCES[g.dtype.itemsize] for _, g in own), default=0.0)
             if bool(total.abs() > tolerance * size):
                 raise UnsupportedModel(
                     f"{name}: the rules give another gradient of {parameter} than torch.autograd (by {float(total.abs() / size):.1e} of "
                     "it). Leave it out, recording(model, parameters=[...]), or use estimate(), which treats it in another way."
                 )
+    if gradients and recording.model is not None:
+        HELD.setdefault(recording.model, set()).add(_kind(recording))
 
 
-def _along(form: Form, g: Tensor, num_examples: int, a: Tensor, b: Tensor, V: Tensor) -> Tensor:
+def _along(form: Form, g: Tensor, shape: tuple[int, ...], num_examples: int, a: Tensor, b: Tensor) -> Tensor:
     """The product of dL/dz and the change of z along V, the same for all examples."""
-    signs = (a, b) if form.factored else (V,)
+    signs = (a, b) if form.factored else ((a[:, None] * b).view(shape),)
     return g * form.probe(Signs(*(sign.expand(num_examples, *sign.shape) for sign in signs)))

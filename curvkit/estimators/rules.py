@@ -109,8 +109,8 @@ KEYWORDS: dict[Rule, dict[str, str]] = {
     _addmm: {"input": "bias", "mat1": "x", "mat2": "weight"},
     _matmul: {"input": "x", "other": "weight", "tensor2": "weight", "mat2": "weight"},
     _embedding: {"input": "index"},
-    **dict.fromkeys((_multiplied, _added), {"input": "left", "other": "right"}),
-    **dict.fromkeys(CONVOLUTION_RULES.values(), {"input": "x"}),
+    **{rule: {"input": "left", "other": "right"} for rule in (_multiplied, _added)},
+    **{rule: {"input": "x"} for rule in CONVOLUTION_RULES.values()},
     **NORM_KEYWORDS,
 }
 """By the rule: what it calls the arguments that torch calls otherwise."""

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
+from curvkit.estimators.recorded_graph import refuse_checkpoints, unseen
 from curvkit.estimators.recording import Recording
 from curvkit.estimators.rule_check import compared, refuse_unlike
-from curvkit.estimators.uses import Use
 from curvkit.losses import KnownLoss, as_loss
 
 PURPOSE = "examples apart"
-CHECKPOINT = "CheckpointFunctionBackward"
 
 
 def loss_of(estimator: str, outputs: Any, loss: Any = None) -> KnownLoss:
@@ -131,8 +129,8 @@ def refuse_unfit(estimator: str, recording: Recording, outputs: Any) -> None:
 
     In training the rules cannot be held against examples run alone. Instead gradients of the outputs of one half of the examples are
     looked at: they must vanish at the rows of the other half, wherever a parameter is used. The gradients of parameters that the rules
-    give are held against those of the same backward pass, see `refuse_unlike`; parameters with hooks are left out of that. And the graph
-    is walked through for uses of parameters that were not seen.
+    give are held against those of the same backward pass, see `refuse_unlike`, the first time that a model is run with calls of such
+    shapes; parameters with hooks are left out of that. And the graph is walked through for uses of parameters that were not seen.
 
     Args:
         estimator: For messages.
@@ -143,7 +141,8 @@ def refuse_unfit(estimator: str, recording: Recording, outputs: Any) -> None:
         InvalidArgument: If it is not one forward pass, or the outputs are not of it.
         UnsupportedModel: Naming what couples the examples, or the parameter that has no rule.
 
-    Cost: a backward pass with gradients of parameters; where positions lie before examples, another one without.
+    Cost: a backward pass without gradients of parameters, two where positions lie before examples; the first time about
+        one gradient more.
     """
     name = f"{estimator}.from_recording"
     refuse_other_passes(name, recording, outputs)
@@ -166,10 +165,10 @@ def refuse_unfit(estimator: str, recording: Recording, outputs: Any) -> None:
                 f"{name}: what went into a call of {use.forms[0].name} was overwritten afterwards. Use the out-of-place form there, "
                 "or leave the parameter out."
             )
-    unseen = _unseen(recording, outputs)
-    if unseen is not None:
+    hidden = unseen(recording, outputs)
+    if hidden is not None:
         raise UnsupportedModel(
-            f"{name}: {unseen} is used in a way that the recording did not see, as inside compiled or scripted code, or a "
+            f"{name}: {hidden} is used in a way that the recording did not see, as inside compiled or scripted code, or a "
             "torch.autograd.Function. Leave it out, recording(model, parameters=[...]), or record the model that is not compiled."
         )
     _refuse_by_gradients(name, recording, outputs)
@@ -207,45 +206,7 @@ def refuse_other_passes(name: str, recording: Recording, outputs: Any) -> None:
             f"{name}: the outputs have no graph. Record with gradients on, and call from_recording before loss.backward(), or with "
             "loss.backward(retain_graph=True)."
         )
-    if any(node.name() == CHECKPOINT for node in _nodes(outputs)):
-        raise UnsupportedModel(
-            f"{name}: a reentrant checkpoint hides the parameters in it from the graph. Use "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or estimate()."
-        )
-
-
-def _nodes(outputs: Tensor) -> Iterator[Any]:
-    """All of the graph."""
-    seen: set[Any] = {None}
-    stack: list[Any] = [outputs.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += [before for before, _ in node.next_functions]
-            yield node
-
-
-def _unseen(recording: Recording, outputs: Tensor) -> str | None:
-    """A parameter that the graph of the outputs reaches otherwise than through the calls that were recorded."""
-    names = {get_gradient_edge(p).node: name for name, p in recording.parameters.items() if p.requires_grad}
-    calls: dict[Any, list[Use]] = {}
-    for use in recording.uses:
-        calls.setdefault(use.output.node, []).append(use)
-    seen: set[Any] = {None}
-    stack: list[Any] = [outputs.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in names:
-            return names[node]
-        if node in calls:
-            stack += [get_gradient_edge(x).node for use in calls[node] for x in use.inputs if x.requires_grad]
-        else:
-            stack += [before for before, _ in node.next_functions]
-    return None
+    refuse_checkpoints(name, outputs)
 
 
 def _refuse_by_gradients(name: str, recording: Recording, outputs: Tensor) -> None:

@@ -29,6 +29,8 @@ STAGES = (16, 64)
 """Estimates that means rest on; the second number where the first finds a difference."""
 ERRORS = (4.0, 5.0)
 """Means may differ by so many standard errors, in each stage."""
+BIAS, MOST = 0.1, 100
+"""A wrong factor that should show, and estimates that it is looked for with, at most: noisy ones show larger factors alone."""
 FACTOR = 2.0
 """Standard errors may differ by this factor from the spread over seeds."""
 ROUNDING = 1e4
@@ -101,6 +103,7 @@ def check_laws(estimate: Estimate, draws: Draws, first: DiagonalEstimate, *, sta
     truth = _truth(objective, first.matrix, standard=standard)
     if truth is not None:
         compare("the mean is the truth", "computed densely", draws, truth)
+        _check_bias(draws, truth[:-1])
 
 
 def is_exact(found: DiagonalEstimate, objective: Objective) -> bool:
@@ -162,6 +165,23 @@ def _check_scaled(draws: Draws, estimate: Estimate, seed: int) -> None:
         draws,
         others,
     )
+
+
+def _check_bias(draws: Draws, t: Tensor) -> None:
+    """A wrong factor, which may be small beside the errors of entries: s = <d, t> / <t, t> has the mean 1 if E d = t."""
+    size = t.dot(t).item()
+    if not draws.sampled or not size:
+        return
+    s = torch.stack([draws.one(index)[0][:-1].dot(t) / size for index in range(STAGES[0])])
+    most = math.ceil(min(MOST, (s.std().item() * ERRORS[-1] / BIAS) ** 2))
+    s = torch.stack([draws.one(index)[0][:-1].dot(t) / size for index in range(max(STAGES[0], most))])
+    mean, error = s.mean().item(), s.std().item() / math.sqrt(len(s))
+    if abs(mean - 1.0) > ERRORS[-1] * error + ROUNDING * torch.finfo(draws.objective.raised().dtype).eps:
+        CONTRACT.refuse(
+            "the mean is the truth",
+            f"in the direction of the dense truth it is {mean:.3g} +- {error:.2g} times that",
+            f"1 within {ERRORS[-1]:g} standard errors",
+        )
 
 
 def _check_errors(draws: Draws) -> None:
