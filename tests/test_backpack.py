@@ -19,14 +19,14 @@ from torch.nn.utils import prune
 from curvkit import Objective
 from curvkit.errors import CurvkitError, InvalidArgument, MissingExtra, UnknownObjective, UnsupportedModel
 from curvkit.estimators import BackPACK, Fisher
-from curvkit.estimators import backpack_passes as passes_module
-from curvkit.estimators.backpack_agreement import (
+from curvkit.estimators.through_backpack import passes as passes_module
+from curvkit.estimators.through_backpack.agreement import (
     few_rows,
     refuse_other_gradient,
     refuse_other_hessian,
     refuse_other_squares,
 )
-from curvkit.estimators.backpack_library import SAVED, Extension, Library
+from curvkit.estimators.through_backpack.library import SAVED, Extension, Library
 from curvkit.losses import token_cross_entropy
 
 pytestmark = pytest.mark.extra

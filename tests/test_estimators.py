@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from curvkit import BatchLoss, Objective
 from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
 from curvkit.estimators import EmpiricalFisher, Exact, ExampleHutchinson, Fisher, Hutchinson, SquaredGradient, interval
-from curvkit.estimators.coverage import coverage
+from curvkit.estimators.recordings.coverage import coverage
 from curvkit.losses import token_cross_entropy
 from curvkit.operators import GGN
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate

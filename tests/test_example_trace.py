@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from curvkit import BatchLoss, Objective
 from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
 from curvkit.estimators import ExampleHutchinson
-from curvkit.estimators.coverage import coverage
-from curvkit.estimators.scrutiny import Scrutiny
+from curvkit.estimators.recordings.coverage import coverage
+from curvkit.estimators.recordings.scrutiny import Scrutiny
 from curvkit.linalg import DenseMap, stopping, student
 from curvkit.linalg import trace as linalg_trace
 from curvkit.linalg.certificate import AS_COMPUTED

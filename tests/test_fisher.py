@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from curvkit import Objective
 from curvkit.errors import CurvkitError, InvalidArgument, UnsupportedModel
 from curvkit.estimators import EmpiricalFisher, ExampleHutchinson, Fisher, SquaredGradient
-from curvkit.estimators.coverage import coverage
 from curvkit.estimators.expected import held_bytes
-from curvkit.estimators.lookups import Lookup
-from curvkit.estimators.mapped_examples import mapped_squares
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.rule_check import compared
+from curvkit.estimators.recordings.coverage import coverage
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.rule_check import compared
+from curvkit.estimators.rules.lookups import Lookup
+from curvkit.estimators.squares.mapped import mapped_squares
 from curvkit.losses import KnownLoss, token_cross_entropy
 from curvkit.operators import GGN
 

@@ -27,7 +27,7 @@ from curvkit.estimators import (
     Hutchinson,
     Lanczos,
 )
-from curvkit.estimators.options import made, options
+from curvkit.estimators.names.options import made, options
 from curvkit.estimators.registry import BUILT_IN, build, describe, described, estimator_class, names
 from curvkit.models import MLP
 

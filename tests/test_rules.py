@@ -14,10 +14,10 @@ from test_estimators import Case, check_unbiased
 from torch import Tensor, nn
 
 from curvkit.estimators import EmpiricalFisher, ExampleHutchinson
-from curvkit.estimators.coverage import coverage
-from curvkit.estimators.forms import CACHE_BYTES, Signs, summed_in_chunks
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.uses import grouped, summed_squares
+from curvkit.estimators.recordings.coverage import coverage
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.uses import grouped, summed_squares
+from curvkit.estimators.rules.forms import CACHE_BYTES, Signs, summed_in_chunks
 from curvkit.operators import Residual
 
 N, T = 4, 5

@@ -10,18 +10,18 @@ import torch
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument, UnsupportedModel
-from curvkit.estimators.backpack_agreement import (
+from curvkit.estimators.expected import Expected, refuse_too_large
+from curvkit.estimators.likelihoods import Draw, draw_cotangent
+from curvkit.estimators.recordings.coverage import refuse_not_finite
+from curvkit.estimators.through_backpack.agreement import (
     few_rows,
     refuse_other_gradient,
     refuse_other_hessian,
     refuse_other_squares,
 )
-from curvkit.estimators.backpack_library import Extension, Library
-from curvkit.estimators.backpack_losses import INSTEAD, loss_module
-from curvkit.estimators.backpack_passes import Passes
-from curvkit.estimators.coverage import refuse_not_finite
-from curvkit.estimators.expected import Expected, refuse_too_large
-from curvkit.estimators.likelihoods import Draw, draw_cotangent
+from curvkit.estimators.through_backpack.library import Extension, Library
+from curvkit.estimators.through_backpack.losses import INSTEAD, loss_module
+from curvkit.estimators.through_backpack.passes import Passes
 from curvkit.objectives import Objective
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate, DiagonalSamples
 

@@ -13,10 +13,10 @@ from curvkit.errors import InvalidArgument
 from curvkit.estimators.expected import Expected, refuse_too_large
 from curvkit.estimators.fisher import CHECKS, INSTEAD, PER_SAMPLE
 from curvkit.estimators.likelihoods import weight_of
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.squares_expected import expected_squares
-from curvkit.estimators.training import denominator_of, loss_of, refuse_unfit
-from curvkit.estimators.watched_squares import Run, WatchedSquares, recorded_mean
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.training import denominator_of, loss_of, refuse_unfit
+from curvkit.estimators.squares.expectation import expected_squares
+from curvkit.estimators.squares.watched import Run, WatchedSquares, recorded_mean
 from curvkit.objectives import Objective
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from curvkit.errors import InvalidArgument, UnsupportedModel
 from curvkit.estimators import unit_products
-from curvkit.estimators.coverage import refuse_not_finite
 from curvkit.estimators.exact_ways import (
     OPERATORS,
     Chosen,
@@ -24,6 +23,7 @@ from curvkit.estimators.exact_ways import (
 )
 from curvkit.estimators.expected import Expected, refuse_too_large
 from curvkit.estimators.ggn_structure import GGNStructure
+from curvkit.estimators.recordings.coverage import refuse_not_finite
 from curvkit.losses.batches import rows
 from curvkit.objectives import Objective
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate

@@ -10,10 +10,10 @@ from typing import Literal
 from curvkit.errors import UnknownObjective, UnsupportedModel
 from curvkit.estimators import unit_products
 from curvkit.estimators.expected import Expected, held_bytes
-from curvkit.estimators.forms import CHUNK_BYTES
 from curvkit.estimators.ggn_structure import predicted_gradients
 from curvkit.estimators.piecewise_proof import diagonals_are_equal, proof_gradients
 from curvkit.estimators.products import expected_of_products
+from curvkit.estimators.rules.forms import CHUNK_BYTES
 from curvkit.losses.batches import rows
 from curvkit.objectives import Objective
 from curvkit.operators import GGN, Hessian

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
-from curvkit.estimators.coverage import coverage, refuse_not_finite, refuse_uncovered
 from curvkit.estimators.expected import Expected, held_bytes, refuse_too_large
-from curvkit.estimators.probing import Probing, moved_bytes
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.scrutiny import refuse_without_examples
-from curvkit.estimators.training import (
+from curvkit.estimators.recordings.coverage import coverage, refuse_not_finite, refuse_uncovered
+from curvkit.estimators.recordings.probing import Probing, moved_bytes
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.scrutiny import refuse_without_examples
+from curvkit.estimators.recordings.training import (
     denominator_of,
     loss_of,
     refuse_half_precision,

@@ -12,10 +12,10 @@ from curvkit import seeds
 from curvkit.errors import InvalidArgument
 from curvkit.estimators.expected import Expected, refuse_too_large
 from curvkit.estimators.likelihoods import Draw, draw_cotangent, refuse_without_likelihood, weight_of
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.squares_expected import expected_squares
-from curvkit.estimators.training import denominator_of, loss_of, refuse_unfit
-from curvkit.estimators.watched_squares import Run, WatchedSquares, recorded_mean
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.training import denominator_of, loss_of, refuse_unfit
+from curvkit.estimators.squares.expectation import expected_squares
+from curvkit.estimators.squares.watched import Run, WatchedSquares, recorded_mean
 from curvkit.objectives import Objective
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate, DiagonalSamples
 

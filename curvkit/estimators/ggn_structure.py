@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvkit.errors import CurvkitError, UnsupportedModel, ran_out_of_memory
-from curvkit.estimators.examples import Cotangents, ExampleSquares
-from curvkit.estimators.pooled_squares import has_one_position
-from curvkit.estimators.recording import Recording
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.squares.example_squares import Cotangents, ExampleSquares
+from curvkit.estimators.squares.pooled import has_one_position
 from curvkit.losses import hessian_in_outputs
 from curvkit.losses.batches import map_tensors, rows
 from curvkit.objectives import Objective

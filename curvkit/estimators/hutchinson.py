@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
-from curvkit.estimators.coverage import refuse_not_finite
 from curvkit.estimators.expected import Expected
 from curvkit.estimators.products import OperatorDiagonal, estimated_by_products, expected_of_products
+from curvkit.estimators.recordings.coverage import refuse_not_finite
 from curvkit.objectives import Objective
 from curvkit.operators import CurvatureOperator, Hessian, Residual
 from curvkit.operators.plan import choose

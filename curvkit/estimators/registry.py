@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from curvkit.errors import CurvkitError, InvalidArgument
-from curvkit.estimators.options import Option, made, options
-from curvkit.estimators.plugins import Plugin, loaded, plugins
+from curvkit.estimators.names.options import Option, made, options
+from curvkit.estimators.names.plugins import Plugin, loaded, plugins
 from curvkit.estimators.protocol import DiagonalEstimator
 
 HOME = "curvkit.estimators"

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
-from curvkit.estimators.coverage import refuse_not_finite
 from curvkit.estimators.expected import Expected, held_bytes, refuse_too_large
 from curvkit.estimators.likelihoods import Draw, draw_cotangent, refuse_without_likelihood, weight_of
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.training import denominator_of, loss_of, refuse_other_passes
+from curvkit.estimators.recordings.coverage import refuse_not_finite
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.training import denominator_of, loss_of, refuse_other_passes
 from curvkit.objectives import Objective
 from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate, DiagonalSamples
 

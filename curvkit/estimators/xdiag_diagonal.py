@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from curvkit.errors import InvalidArgument
-from curvkit.estimators.coverage import refuse_not_finite
 from curvkit.estimators.expected import Expected
 from curvkit.estimators.products import OperatorDiagonal, estimated_by_products, expected_of_products
+from curvkit.estimators.recordings.coverage import refuse_not_finite
 from curvkit.linalg import xdiag
 from curvkit.objectives import Objective
 from curvkit.operators import CurvatureOperator, Hessian, Residual

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from curvkit import seeds
-from curvkit.estimators.coverage import Coverage, refuse_uncovered
-from curvkit.estimators.forms import Form, Signs
-from curvkit.estimators.matrices import Matrix
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.uses import Use
+from curvkit.estimators.recordings.coverage import Coverage, refuse_uncovered
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.uses import Use
+from curvkit.estimators.rules.forms import Form, Signs
+from curvkit.estimators.rules.matrices import Matrix
 from curvkit.linalg.hutchinson import refuse_not_finite
 from curvkit.losses.batches import rows
 from curvkit.objectives import Objective

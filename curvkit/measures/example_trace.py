@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from curvkit import seeds
-from curvkit.estimators.coverage import Coverage, coverage
-from curvkit.estimators.examples import ExampleSquares
 from curvkit.estimators.ggn_structure import GGNStructure
+from curvkit.estimators.recordings.coverage import Coverage, coverage
+from curvkit.estimators.squares.example_squares import ExampleSquares
 from curvkit.linalg import student
 from curvkit.linalg import trace as linalg_trace
 from curvkit.linalg.certificate import AS_COMPUTED, OtherArithmetic

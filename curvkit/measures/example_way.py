@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from curvkit.errors import CurvkitError, InvalidArgument
-from curvkit.estimators.coverage import Coverage, coverage
 from curvkit.estimators.ggn_structure import predicted_gradients
+from curvkit.estimators.recordings.coverage import Coverage, coverage
 from curvkit.linalg import student
 from curvkit.linalg import trace as linalg_trace
 from curvkit.losses.batches import rows

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.coverage import coverage
+from curvkit.estimators.recordings.coverage import coverage
 from curvkit.measures.example_trace import ExampleTrace
 from curvkit.measures.example_way import Way
 from curvkit.measures.restored import precision_of

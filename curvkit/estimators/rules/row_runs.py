@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from curvkit.estimators.forms import Form, Signs
+from curvkit.estimators.rules.forms import Form, Signs
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,13 +12,13 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvkit.errors import UnsupportedModel, ran_out_of_memory
-from curvkit.estimators.forms import Form
-from curvkit.estimators.insides import INSIDES, followed
-from curvkit.estimators.layouts import WithoutExamples
-from curvkit.estimators.row_runs import Rows
-from curvkit.estimators.rule_parts import Rule
-from curvkit.estimators.rules import ADDS, COUPLING, KEYWORDS, RESHAPES, RULES, SPLITS
-from curvkit.estimators.uses import Call, Common, Use, tensors_in
+from curvkit.estimators.recordings.insides import INSIDES, followed
+from curvkit.estimators.recordings.uses import Call, Common, Use, tensors_in
+from curvkit.estimators.rules.forms import Form
+from curvkit.estimators.rules.layouts import WithoutExamples
+from curvkit.estimators.rules.row_runs import Rows
+from curvkit.estimators.rules.rule_parts import Rule
+from curvkit.estimators.rules.table import ADDS, COUPLING, KEYWORDS, RESHAPES, RULES, SPLITS
 from curvkit.parameters import ParameterSpace
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvkit.estimators.forms import Form, summed_in_chunks
-from curvkit.estimators.row_runs import Rows
-from curvkit.estimators.rule_parts import Rule
+from curvkit.estimators.rules.forms import Form, summed_in_chunks
+from curvkit.estimators.rules.row_runs import Rows
+from curvkit.estimators.rules.rule_parts import Rule
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from curvkit.errors import CurvkitError, InvalidArgument
-from curvkit.estimators.annotations import allowed, estimators, listed, parts, readers, takes
+from curvkit.estimators.names.annotations import allowed, estimators, listed, parts, readers, takes
 
 
 @dataclass(frozen=True)

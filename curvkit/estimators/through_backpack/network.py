@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from curvkit.errors import CurvkitError, UnsupportedModel, ran_out_of_memory
-from curvkit.estimators.backpack_library import Extension, Library
-from curvkit.estimators.backpack_losses import INSTEAD, refuse_outputs
+from curvkit.estimators.through_backpack.library import Extension, Library
+from curvkit.estimators.through_backpack.losses import INSTEAD, refuse_outputs
 from curvkit.losses.batches import inputs_and_targets, take_rows
 from curvkit.objectives import Objective
 from curvkit.objectives.surroundings import random_state

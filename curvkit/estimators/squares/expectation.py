@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from curvkit.estimators.expected import Expected, held_bytes
-from curvkit.estimators.forms import CHUNK_BYTES
+from curvkit.estimators.rules.forms import CHUNK_BYTES
 from curvkit.losses.batches import rows, tensors
 from curvkit.objectives import Objective
 

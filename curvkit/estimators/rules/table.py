@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.convolution_rule import CONVOLUTION_RULES
-from curvkit.estimators.forms import Form
-from curvkit.estimators.layouts import Layout
-from curvkit.estimators.lookups import Lookup
-from curvkit.estimators.matrices import Matrix
-from curvkit.estimators.norm_rules import NORM_KEYWORDS, NORM_RULES
-from curvkit.estimators.rule_parts import Names, Rule, elementwise, layout_of, offset
+from curvkit.estimators.rules.convolution_rule import CONVOLUTION_RULES
+from curvkit.estimators.rules.forms import Form
+from curvkit.estimators.rules.layouts import Layout
+from curvkit.estimators.rules.lookups import Lookup
+from curvkit.estimators.rules.matrices import Matrix
+from curvkit.estimators.rules.norm_rules import NORM_KEYWORDS, NORM_RULES
+from curvkit.estimators.rules.rule_parts import Names, Rule, elementwise, layout_of, offset
 
 
 def _dense(names: Names, output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Form]:

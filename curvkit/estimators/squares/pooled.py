@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from curvkit.estimators.forms import Form
-from curvkit.estimators.lookups import Lookup
-from curvkit.estimators.matrices import Matrix
-from curvkit.estimators.uses import summed_squares
+from curvkit.estimators.recordings.uses import summed_squares
+from curvkit.estimators.rules.forms import Form
+from curvkit.estimators.rules.lookups import Lookup
+from curvkit.estimators.rules.matrices import Matrix
 
 
 class PooledSquares:

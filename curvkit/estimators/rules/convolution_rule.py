@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvkit.estimators.convolution import Convolution, Window
-from curvkit.estimators.forms import Form
-from curvkit.estimators.layouts import Layout
-from curvkit.estimators.rule_parts import Names, Rule, by_channel
+from curvkit.estimators.rules.convolution import Convolution, Window
+from curvkit.estimators.rules.forms import Form
+from curvkit.estimators.rules.layouts import Layout
+from curvkit.estimators.rules.rule_parts import Names, Rule, by_channel
 
 
 def _convolution(

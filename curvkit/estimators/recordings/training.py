@@ -12,9 +12,9 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
-from curvkit.estimators.recorded_graph import refuse_checkpoints, unseen
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.rule_check import compared, refuse_unlike
+from curvkit.estimators.recordings.recorded_graph import refuse_checkpoints, unseen
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.rule_check import compared, refuse_unlike
 from curvkit.losses import KnownLoss, as_loss
 
 PURPOSE = "examples apart"

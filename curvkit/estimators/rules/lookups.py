@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvkit.estimators.forms import Form, Signs
+from curvkit.estimators.rules.forms import Form, Signs
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from curvkit import seeds
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.forms import Form, Signs
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.uses import grouped
-from curvkit.estimators.watched_squares import raised
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.uses import grouped
+from curvkit.estimators.rules.forms import Form, Signs
+from curvkit.estimators.squares.watched import raised
 
 PURPOSE = "direction of a gradient"
 TOLERANCES = {8: 1e-6, 4: 0.03, 2: 0.1}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from curvkit.estimators.forms import Form, Map, Signs, same, seen
+from curvkit.estimators.rules.forms import Form, Map, Signs, same, seen
 
 
 @dataclass(frozen=True, eq=False)

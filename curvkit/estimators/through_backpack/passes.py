@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from curvkit.errors import CurvkitError, UnsupportedModel, ran_out_of_memory
-from curvkit.estimators.backpack_library import SAVED, Extension, Library
-from curvkit.estimators.backpack_losses import INSTEAD, loss_module
-from curvkit.estimators.backpack_network import Call, Network, refuse_failure
 from curvkit.estimators.likelihoods import Draw, draw_cotangent
+from curvkit.estimators.through_backpack.library import SAVED, Extension, Library
+from curvkit.estimators.through_backpack.losses import INSTEAD, loss_module
+from curvkit.estimators.through_backpack.network import Call, Network, refuse_failure
 from curvkit.losses.batches import inputs_and_targets, rows
 from curvkit.objectives import Objective
 from curvkit.operators.memory import release

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.forms import Form, Signs
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.uses import Use
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.uses import Use
+from curvkit.estimators.rules.forms import Form, Signs
 
 OUTPUTS = 9
 """Number of the signs at outputs, beside those of the factors of a matrix."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvkit.estimators.forms import CACHE_BYTES, Form, Map, Signs, seen, summed_in_chunks
+from curvkit.estimators.rules.forms import CACHE_BYTES, Form, Map, Signs, seen, summed_in_chunks
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvkit.estimators.recording import Recording
+from curvkit.estimators.recordings.recording import Recording
 
 
 def pull(outputs: Tensor, recording: Recording, s: Tensor, *, keep: bool = True) -> tuple[Tensor | None, ...]:

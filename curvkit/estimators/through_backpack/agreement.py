@@ -10,8 +10,8 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.backpack_library import Extension
-from curvkit.estimators.backpack_losses import INSTEAD
+from curvkit.estimators.through_backpack.library import Extension
+from curvkit.estimators.through_backpack.losses import INSTEAD
 from curvkit.losses import hessian_in_outputs
 from curvkit.losses.batches import rows, take_rows
 from curvkit.objectives import Objective

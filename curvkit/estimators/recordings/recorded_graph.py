@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.uses import Use
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.uses import Use
 
 CHECKPOINT = "CheckpointFunctionBackward"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
 from curvkit.errors import UnsupportedModel, ran_out_of_memory
-from curvkit.estimators.forms import CHUNK_BYTES
+from curvkit.estimators.rules.forms import CHUNK_BYTES
 from curvkit.losses.batches import Batch, map_tensors, tensors
 from curvkit.objectives import Objective
 

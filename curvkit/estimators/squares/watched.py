@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from curvkit.errors import CurvkitError, ran_out_of_memory
-from curvkit.estimators.cotangents import pull
-from curvkit.estimators.coverage import refuse_not_finite
-from curvkit.estimators.forms import Form
-from curvkit.estimators.mapped_examples import mapped_squares
-from curvkit.estimators.matrices import Matrix
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.row_runs import Rows
-from curvkit.estimators.scales import Scale
-from curvkit.estimators.scrutiny import Scrutiny
-from curvkit.estimators.uses import grouped, summed_squares
+from curvkit.estimators.recordings.cotangents import pull
+from curvkit.estimators.recordings.coverage import refuse_not_finite
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.scrutiny import Scrutiny
+from curvkit.estimators.recordings.uses import grouped, summed_squares
+from curvkit.estimators.rules.forms import Form
+from curvkit.estimators.rules.matrices import Matrix
+from curvkit.estimators.rules.row_runs import Rows
+from curvkit.estimators.rules.scales import Scale
+from curvkit.estimators.squares.mapped import mapped_squares
 from curvkit.losses.batches import Batch, map_tensors, rows
 from curvkit.objectives import Objective
 from curvkit.operators.memory import free_memory, megabytes, release

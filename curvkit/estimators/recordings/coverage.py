@@ -12,9 +12,9 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import CurvkitError, UnsupportedModel
-from curvkit.estimators.probing import TWO_KINDS, of_two_kinds
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.scrutiny import Scrutiny, another_path
+from curvkit.estimators.recordings.probing import TWO_KINDS, of_two_kinds
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.scrutiny import Scrutiny, another_path
 from curvkit.losses.batches import rows
 from curvkit.objectives import Objective
 

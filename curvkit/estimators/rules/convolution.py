@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from curvkit.estimators.forms import Signs, summed_in_chunks
-from curvkit.estimators.matrices import Matrix
+from curvkit.estimators.rules.forms import Signs, summed_in_chunks
+from curvkit.estimators.rules.matrices import Matrix
 
 
 @dataclass(frozen=True, eq=False)

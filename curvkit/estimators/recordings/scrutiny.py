@@ -10,9 +10,9 @@ from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import UnsupportedModel, ran_out_of_memory
-from curvkit.estimators.cotangents import pull
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.uses import grouped
+from curvkit.estimators.recordings.cotangents import pull
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.uses import grouped
 from curvkit.losses.batches import Batch, rows, take_rows, tensors
 from curvkit.objectives import Objective
 from curvkit.objectives.function import NEEDS_GRAPH

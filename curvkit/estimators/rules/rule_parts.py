@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.forms import Form, same
-from curvkit.estimators.layouts import Layout
-from curvkit.estimators.scales import Scale
+from curvkit.estimators.rules.forms import Form, same
+from curvkit.estimators.rules.layouts import Layout
+from curvkit.estimators.rules.scales import Scale
 
 
 class Names(Protocol):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from curvkit import seeds
-from curvkit.estimators.cotangents import pull
-from curvkit.estimators.coverage import refuse_not_finite
-from curvkit.estimators.mapped_examples import mapped_squares
-from curvkit.estimators.pooled_squares import PooledSquares
-from curvkit.estimators.recording import Recording
-from curvkit.estimators.scrutiny import Scrutiny
-from curvkit.estimators.uses import grouped
+from curvkit.estimators.recordings.cotangents import pull
+from curvkit.estimators.recordings.coverage import refuse_not_finite
+from curvkit.estimators.recordings.recording import Recording
+from curvkit.estimators.recordings.scrutiny import Scrutiny
+from curvkit.estimators.recordings.uses import grouped
+from curvkit.estimators.squares.mapped import mapped_squares
+from curvkit.estimators.squares.pooled import PooledSquares
 from curvkit.losses.batches import rows
 from curvkit.objectives import Objective
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvkit.errors import UnsupportedModel
-from curvkit.estimators.forms import Form
-from curvkit.estimators.rule_parts import Names, Rule, by_channel, elementwise, layout_of, offset
+from curvkit.estimators.rules.forms import Form
+from curvkit.estimators.rules.rule_parts import Names, Rule, by_channel, elementwise, layout_of, offset
 
 
 def _layer_norm(

@@ -1,0 +1,1 @@
+"""Estimators by name: what can be typed, and what other packages offer."""

@@ -1,0 +1,1 @@
+"""How parameters enter the calls of a forward pass, example by example."""

@@ -1,0 +1,1 @@
+"""Sums of squared gradients of single examples."""
