@@ -178,6 +178,7 @@ def test_masks_that_are_the_same_agree_by_construction():
     assert found.sharp.chance < 0.4
 
 
+@pytest.mark.slow
 def test_masks_that_agree_by_chance_alone():
     """The mean over 120 pairs of random masks, in all and within layers, lies within 5 standard errors of what is said."""
     like = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
@@ -637,6 +638,7 @@ def test_a_guess_agrees_with_itself_by_chance_alone():
     assert found.over_data.pairs[0].seeds == (60, 61)
 
 
+@pytest.mark.slow
 def test_more_samples_agree_better():
     objective = network(batches=2)
     few, many = (noise_floor(Fisher(num_samples=m), objective, FlatRule(0.5), num_pairs=2, seed=0) for m in (1, 32))

@@ -724,6 +724,7 @@ def test_batch_norm_in_training_mode_points_to_the_flag(sharpness: Typed):
     assert "model.eval()" not in err
 
 
+@pytest.mark.slow
 def test_more_batches_than_there_are_is_noted(sharpness: Typed):
     code, _, err = sharpness("ckpt.pt", *FAST, "--batches", "99")
     assert code == 0
@@ -732,6 +733,7 @@ def test_more_batches_than_there_are_is_noted(sharpness: Typed):
     assert "note" not in sharpness("ckpt.pt", *FAST, "--batches", "99", "-q")[2]
 
 
+@pytest.mark.slow
 def test_which_of_several_weights_were_taken_is_said_and_recorded(sharpness: Typed):
     torch.save({"model_ema": net(seed=1).state_dict(), "model": net().state_dict(), "epoch": 3}, "two.pt")
     code, out, err = sharpness("two.pt", *FAST, "--json")
@@ -964,6 +966,7 @@ def test_the_progress_line_says_the_time_spent_as_long_as_that_is_all_it_knows(m
     assert file.getvalue().rstrip().endswith("starting · 4.0 s")
 
 
+@pytest.mark.slow
 def test_progress_speaks_of_the_doubt_from_data_only_where_it_is_measured(
     sharpness: Typed, monkeypatch: pytest.MonkeyPatch
 ):

@@ -262,6 +262,7 @@ def test_a_configuration_names_the_objective(compare: Typed):
     assert document["result"]["points"][1]["trace"]["probes"] == 7
 
 
+@pytest.mark.slow
 def test_the_same_file_twice_is_noted_and_differs_by_nothing(compare: Typed):
     Path("link.pt").symlink_to("a.pt")
     code, out, err = compare("a.pt", "a.pt", "link.pt", *OBJECTIVE, "--plain")

@@ -802,4 +802,4 @@ def test_every_matrix_of_an_estimator_has_words():
     for found in registry.described():
         for name in (found.matrix or "").split(" or "):
             assert not name or name in diagonal_result.MATRICES
-    assert estimating.SECOND_DERIVATIVES in diagonal_result.MATRICES
+    assert set(estimating.SECOND_DERIVATIVES) <= set(diagonal_result.MATRICES)

@@ -162,6 +162,7 @@ def test_what_a_configuration_says_of_texts_is_no_matter_of_one_command(typed: T
     assert (code, err) == (0, "")
 
 
+@pytest.mark.slow
 def test_fresh_without_a_folder_is_noted(typed: Typed):
     note = "note: --fresh has no effect without -o DIR\n"
     assert note in typed("trace", *FAST, "--fresh", "--plain")[2]

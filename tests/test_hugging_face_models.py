@@ -572,6 +572,7 @@ def test_an_adapter_on_its_base(tmp_path: Path):
 # ---- the environment ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_broken_torchvision_is_named_with_what_to_type(tmp_path: Path):
     """A package of that name whose import fails as that of a build for another torch does."""
     home = tmp_path / "site"

@@ -132,6 +132,7 @@ def test_adamw_is_compared_in_its_own_metric(told: Callable[..., dict[str, Any]]
     )
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_search_for_the_limit(told: Callable[..., dict[str, Any]]):
     model, optimizer = trained(adamw)
     curvkit.save("ckpt.pt", model=model, optimizer=optimizer)
@@ -315,6 +316,7 @@ def test_without_a_state_that_fits_the_reason_is_said(content: Any, typed: Typed
     assert len(line) > len("limit\tno stability limit: ") + 20
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_shown_again_with_its_limit(typed: Typed):
     model, optimizer = trained(adamw)
     curvkit.save("ckpt.pt", model=model, optimizer=optimizer)

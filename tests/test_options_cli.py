@@ -82,6 +82,7 @@ def test_it_is_found_from_another_folder(typed: Typed, monkeypatch: pytest.Monke
     assert (code, err) == (0, "objective: code/train.py:objective (from curvkit.toml)\n")
 
 
+@pytest.mark.slow
 def test_settings_and_defaults(record: Any):
     """Defaults of every command, and of one; what is typed wins, then the environment."""
     config(
@@ -137,6 +138,7 @@ def test_paths_of_the_configuration_are_relative_to_it(typed: Typed, monkeypatch
     assert (folder / "results" / "sharpness.json").is_file()
 
 
+@pytest.mark.slow
 def test_format_and_lists_in_the_configuration(typed: Typed):
     config('objective = "code/train.py:objective"\n[defaults]\nformat = "json"\nparams = ["inner.*"]\nquiet = true')
     code, out, err = typed("sharpness", "runs/ckpt.pt", *FAST)

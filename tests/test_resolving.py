@@ -282,6 +282,7 @@ def test_a_function_may_import_what_lies_beside_it_when_it_is_called(checkpoint:
     assert resolve(read(checkpoint), Request("train.py:lazy")).objective.parameters.n == 51
 
 
+@pytest.mark.slow
 def test_a_second_function_gets_the_modules_of_its_own_directory(checkpoint: Path):
     for folder, hidden in (("a", 6), ("b", 6)):
         Path(folder, "lib").mkdir(parents=True)
@@ -403,6 +404,7 @@ def test_the_first_place_that_names_a_function_wins(checkpoint: Path, monkeypatc
     assert (found.own_data, found.notes, found.tokens_digest) == (True, (), None)
 
 
+@pytest.mark.slow
 def test_a_configuration_names_what_lies_beside_it(checkpoint: Path):
     folder = checkpoint.parent / "elsewhere"
     for objective in ("configured.py:objective", "configured:objective"):
@@ -450,6 +452,7 @@ def a_named_recipe(path: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_recipe_names_the_function_that_made_the_model(tmp_path: Path):
     train = load_factory("train.py:objective")
     path = save(tmp_path / "runs" / "ckpt.pt", model=net(), recipe=train)

@@ -247,6 +247,7 @@ def test_damage_is_refused_with_what_to_do(typed: Typed, monkeypatch: pytest.Mon
     assert typed(*arguments, "--fresh")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_segment_is_made_again(typed: Typed, monkeypatch: pytest.MonkeyPatch):
     assert typed("sharpness", *FAST, "--seed", "3", "-o", "whole")[0] == 0
     arguments = ("sharpness", *FAST, "--seed", "3", "-o", "cut")
@@ -343,6 +344,7 @@ def big(monkeypatch: pytest.MonkeyPatch):
     return save_big(0.0)
 
 
+@pytest.mark.slow
 def test_weights_that_differ_in_the_middle_are_another_checkpoint(typed: Typed, big: str):
     arguments = ("trace", *BY_BIG, "-o", "there")
     assert typed(*arguments)[0] == 0
@@ -357,6 +359,7 @@ def test_weights_that_differ_in_the_middle_are_another_checkpoint(typed: Typed, 
     assert [check["what"] for check in json.loads(out)["result"]["checks"] if check["holds"] is False] == ["checkpoint"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("big")
 def test_an_edited_module_is_another_function(typed: Typed, monkeypatch: pytest.MonkeyPatch):
     arguments = ("trace", *BY_BIG, "-o", "there")
@@ -390,6 +393,7 @@ def test_another_state_of_the_optimizer_is_said(typed: Typed, monkeypatch: pytes
     assert "parameters_and_buffers" not in err
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_user_is_refused(typed: Typed):
     Path("out/trace.state").mkdir(parents=True)
     Path("out/trace.state/thesis.txt").write_text("three years")

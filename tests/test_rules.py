@@ -247,6 +247,7 @@ def test_convolutions(name: str, dtype: torch.dtype):
         assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
+@pytest.mark.slow
 def test_less_at_a_time_when_memory_runs_out():
     x, sizes = torch.arange(20.0), list[int]()
 

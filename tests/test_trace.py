@@ -221,6 +221,7 @@ def test_unbiased(method: Any):
     assert abs(errors.mean()) < 5 * errors.std() / runs**0.5
 
 
+@pytest.mark.slow
 def test_parts_are_unbiased_and_have_their_errors():
     """Rung 5: z-scores of the shares over 200 runs; their mean square is 1 up to the error of a variance with m = 40."""
     A, lengths, runs = with_outliers(60), [10, 20, 30], 200

@@ -338,6 +338,7 @@ def badly_scaled(seed: int) -> tuple[Objective, float]:
     return objective, dense(double.model, lambda call: F.cross_entropy(call(x.double()), y)).hessian.trace().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_rounding_is_in_the_interval(method: Any):
     """Rung 2, 12 networks; 67 % to 100 % missed without it. At 95 %, three misses of twelve have a probability of 2 %."""

@@ -413,6 +413,7 @@ def test_shares_without_their_samples_are_found():
     assert "samples" in {check.what for check in said("hutchinson") if check.holds is False}
 
 
+@pytest.mark.slow
 def test_another_checkpoint_and_other_data_are_said(verify: Typed):
     torch.save(net(12, seed=1).state_dict(), "other.pt")
     code, out, _ = verify("sharpness/sharpness.json", "other.pt", *FUNCTION)
