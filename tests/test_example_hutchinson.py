@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvkit import Objective
 from curvkit.errors import InvalidArgument, UnknownObjective, UnsupportedModel
-from curvkit.estimators import ExampleHutchinson
+from curvkit.estimators import ExampleHutchinson, interval
 from curvkit.operators import Residual
 
 N = 6
@@ -337,7 +337,7 @@ def test_signs_per_example_have_true_errors(name: str):
 PEAK = """
 import torch, torch.nn.functional as F
 from curvkit import Objective
-from curvkit.estimators import ExampleHutchinson
+from curvkit.estimators import ExampleHutchinson, interval
 from curvkit.models import MLP, ResNet
 
 def memory(kind):
@@ -392,3 +392,20 @@ def test_a_matrix_that_is_an_offset_too_has_shared_signs():
         outputs = model(x)
     with pytest.raises(UnsupportedModel, match="ExampleHutchinson: w cannot have signs of its own: it enters both"):
         ExampleHutchinson().from_recording(recording, outputs, y, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_two_hundred_repeats_have_the_truth_as_their_mean(name: str):
+    """Rung 5: z-scores of the mean of 200 independent estimates; their errors from 30 probes cover 92 to 97 %."""
+    objective, truth = CASES[name].objective((2, 4)), hessian_diagonal(CASES[name])
+    draws = torch.stack([flat(ExampleHutchinson().estimate(objective, seed=seed).values) for seed in range(200)])
+    known = draws.std(0) > 1e-12 * truth.abs().max()
+    z = ((draws.mean(0) - truth) / (draws.std(0) / 200**0.5))[known]
+    assert z.abs().max() < 5.0
+    assert 0.3 < z.square().mean() < 2.0  # entries are correlated
+    covered = []
+    for seed in range(40):
+        low, high = interval(ExampleHutchinson(num_probes=30).estimate(objective, seed=1000 + seed))
+        covered.append(((flat(low) <= truth) & (truth <= flat(high)))[known].double().mean())
+    assert 0.92 <= torch.stack(covered).mean() <= 0.97

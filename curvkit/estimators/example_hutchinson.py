@@ -35,8 +35,8 @@ CHECKS, SETUP, PER_PROBE = 0.5, 1.0, 2.5
 """Gradients of the data that the checks, the pass with its graph, and the signs are counted as; no clock is behind it."""
 SHARE = 16
 """What a probe holds is counted on one row in so many of the first batch."""
-VECTORS = 6
-"""Of the length of the parameters: mean, sum of squares, one sample, and temporaries."""
+VECTORS = 9
+"""Of the length of the parameters: mean, sum of squares, one sample, temporaries, and what the allocator keeps of them."""
 INSTEAD = "Use Fisher, which needs no second derivatives, or give the data in smaller batches"
 
 
