@@ -10,6 +10,7 @@ import torch
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument, UnsupportedModel
+from curvkit.estimators.counts import check_count
 from curvkit.estimators.expected import Expected, refuse_too_large
 from curvkit.estimators.likelihoods import Draw, draw_cotangent
 from curvkit.estimators.recordings.coverage import refuse_not_finite
@@ -79,10 +80,7 @@ class BackPACK:
             raise InvalidArgument(
                 f"BackPACK: extension={self.extension!r} is not one of {', '.join(get_args(Extension))}. The default is DiagHessian."
             )
-        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < 1:
-            raise InvalidArgument(
-                f"BackPACK: num_samples={self.num_samples!r} must be an integer >= 1. The default is 1."
-            )
+        check_count("BackPACK", "num_samples", self.num_samples, default=1)
         if self.num_samples > 1 and self.extension != "DiagGGNMC":
             raise InvalidArgument(
                 f"BackPACK: num_samples={self.num_samples}, but {self.extension} draws nothing. Leave it out, or use DiagGGNMC."

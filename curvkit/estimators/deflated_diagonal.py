@@ -8,28 +8,23 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvkit.errors import InvalidArgument
+from curvkit.estimators.counts import check_count
 from curvkit.estimators.deflated_operator import VECTORS, completed, refuse_other_than_products
-from curvkit.estimators.expected import Expected
+from curvkit.estimators.from_products import FromProducts
 from curvkit.estimators.hutchinson import Hutchinson
 from curvkit.estimators.products import (
     OperatorDiagonal,
     ProductEstimator,
-    estimated_by_products,
-    expected_of_products,
 )
 from curvkit.linalg import deflation
 from curvkit.linalg.basis import Basis
 from curvkit.linalg.complement import refuse_asymmetric
 from curvkit.objectives import Objective
-from curvkit.operators import CurvatureOperator, Hessian, Residual
-from curvkit.operators.plan import choose
-from curvkit.results.diagonal_estimate import DiagonalEstimate
-
-INSTEAD = "Take a smaller rank, leave parameters out by patterns, or use ExampleHutchinson, which holds no subspace"
+from curvkit.operators import CurvatureOperator
 
 
 @dataclass(frozen=True)
-class Deflated:
+class Deflated(FromProducts):
     """The diagonal of the Hessian: exact for what it does on a Krylov subspace, estimated for the rest.
 
         diag H = diag(Q'QH + HQ'Q - Q'QHQ'Q) + diag(P H P),    P = I - Q'Q
@@ -60,66 +55,25 @@ class Deflated:
 
     inner: ProductEstimator = field(default_factory=Hutchinson)
     rank: int = 10
-    matrix: ClassVar[str] = "hessian"
+    instead: ClassVar[str] = (
+        "Take a smaller rank, leave parameters out by patterns, or use ExampleHutchinson, which holds no subspace"
+    )
 
     def __post_init__(self) -> None:
         """Check the options."""
         refuse_other_than_products("Deflated", "inner", self.inner)
         refuse_rank("Deflated", self.rank)
 
-    def estimate(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
-        """Estimate the diagonal; see the class.
-
-        Args:
-            objective: The function.
-            seed: Of the start vector and of the inner estimator, under different purposes; None draws one.
-
-        Returns:
-            The diagonal, with the inner estimator's errors.
-
-        Raises:
-            InvalidArgument: If the rank exceeds the number of parameters.
-            UnsupportedModel: If the objective has no second derivatives that could be trusted, or memory does not suffice.
-            CurvkitError: If a product is not finite, or the products are not those of a symmetric matrix.
-        """
-        refuse_rank("Deflated", self.rank, objective.parameters.n)
-        return estimated_by_products(self, Hessian, objective, seed=seed, instead=INSTEAD)
-
-    def estimate_residual(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
-        """Estimate the diagonal of H - G, of the Hessian without the generalised Gauss-Newton matrix.
-
-        Args:
-            objective: The function; its loss takes outputs and targets.
-            seed: Of the start vector and of the inner estimator; None draws one.
-
-        Returns:
-            The diagonal, with the inner estimator's errors.
-
-        Raises:
-            InvalidArgument: If the rank exceeds the number of parameters.
-            UnsupportedModel: If the objective has no second derivatives that could be trusted, or memory does not suffice.
-            UnknownObjective: If the loss does not take outputs and targets.
-            CurvkitError: If a product is not finite, or the products are not those of a symmetric matrix.
-        """
-        refuse_rank("Deflated", self.rank, objective.parameters.n)
-        return estimated_by_products(self, Residual, objective, seed=seed, instead=INSTEAD)
-
-    def expected(self, objective: Objective) -> Expected:
-        """Count work and memory.
+    def refuse_unfit(self, objective: Objective) -> None:
+        """Refuse a rank above the number of parameters.
 
         Args:
             objective: What will be estimated.
 
-        Returns:
-            Both.
-
         Raises:
-            CurvkitError: If memory does not suffice for one product.
-
-        Cost: about one gradient of the first batch.
+            InvalidArgument: If it is.
         """
-        it = objective.raised()
-        return expected_of_products(it, choose(it), Hessian, products=self.num_products, vectors=self.num_vectors)
+        refuse_rank("Deflated", self.rank, objective.parameters.n)
 
     @property
     def num_products(self) -> int:
@@ -184,8 +138,7 @@ def refuse_rank(estimator: str, rank: int, n: int | None = None) -> None:
     Raises:
         InvalidArgument: If it is no integer in [1, n].
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InvalidArgument(f"{estimator}: rank={rank!r} must be an integer >= 1. The default is 10.")
+    check_count(estimator, "rank", rank, default=10)
     if n is not None and rank > n:
         raise InvalidArgument(
             f"{estimator}: rank={rank} exceeds the number of parameters, {n}. Take a smaller rank, or Exact, which is cheaper here."

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvkit.errors import InvalidArgument
 from curvkit.estimators.expected import Expected, refuse_too_large
 from curvkit.estimators.fisher import CHECKS, INSTEAD, PER_SAMPLE
 from curvkit.estimators.likelihoods import weight_of
+from curvkit.estimators.recordings.in_training import InTraining
 from curvkit.estimators.recordings.recording import Recording
 from curvkit.estimators.recordings.training import denominator_of, loss_of, refuse_unfit
 from curvkit.estimators.squares.expectation import expected_squares
@@ -22,7 +23,7 @@ from curvkit.results.diagonal_estimate import Cost, DiagonalEstimate
 
 
 @dataclass(frozen=True)
-class EmpiricalFisher:
+class EmpiricalFisher(InTraining):
     """The diagonal of the empirical Fisher matrix: squared gradients of single examples with the true targets.
 
         E_jj = (1 / W) sum_n (d loss_n / d theta_j)^2
@@ -72,21 +73,6 @@ class EmpiricalFisher:
         return DiagonalEstimate(
             found, None, self.matrix, repr(self), cost, notes=(*squares.notes, *objective.silenced_notes)
         )
-
-    def recording(self, model: nn.Module, *, parameters: Any = None) -> Recording:
-        """Record one forward pass of a model in training, which stays as it is.
-
-        Args:
-            model: Whose call is recorded, in whatever mode it is; the first tensor of the call has the examples in dimension 0.
-            parameters: Shell patterns for names; None takes all that require a gradient.
-
-        Returns:
-            A context manager for the forward pass.
-
-        Raises:
-            InvalidArgument: If a pattern matches no name.
-        """
-        return Recording.of(model, parameters)
 
     def from_recording(
         self, recording: Recording, outputs: Tensor, targets: Any = None, *, loss: Any = None, seed: int | None = None

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
+from curvkit.estimators.counts import check_count
 from curvkit.estimators.expected import Expected, held_bytes, refuse_too_large
 from curvkit.estimators.recordings.coverage import coverage, refuse_not_finite, refuse_uncovered
+from curvkit.estimators.recordings.in_training import InTraining
 from curvkit.estimators.recordings.probing import Probing, moved_bytes
 from curvkit.estimators.recordings.recording import Recording
 from curvkit.estimators.recordings.scrutiny import refuse_without_examples
@@ -41,7 +43,7 @@ INSTEAD = "Use Fisher, which needs no second derivatives, or give the data in sm
 
 
 @dataclass(frozen=True)
-class ExampleHutchinson:
+class ExampleHutchinson(InTraining):
     """The diagonal of the exact Hessian, from one product with signs that are independent for each example.
 
         d = (1 / W) sum_n V_n * (H_n V)_n,    H = (1 / W) sum_n H_n,    V_n = a_n b_n' for a matrix, random signs else
@@ -81,10 +83,7 @@ class ExampleHutchinson:
 
     def __post_init__(self) -> None:
         """Check the option."""
-        if isinstance(self.num_probes, bool) or not isinstance(self.num_probes, int) or self.num_probes < 1:
-            raise InvalidArgument(
-                f"ExampleHutchinson: num_probes={self.num_probes!r} must be an integer >= 1. The default is 1."
-            )
+        check_count("ExampleHutchinson", "num_probes", self.num_probes, default=1)
 
     def estimate(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
         """Estimate the diagonal; see the class.
@@ -120,21 +119,6 @@ class ExampleHutchinson:
             CurvkitError: If a product is not finite.
         """
         return replace(self._estimated(objective, seed, _linearised), matrix="hessian - ggn")
-
-    def recording(self, model: nn.Module, *, parameters: Any = None) -> Recording:
-        """Record one forward pass of a model in training, which stays as it is.
-
-        Args:
-            model: Whose call is recorded, in whatever mode it is; the first tensor of the call has the examples in dimension 0.
-            parameters: Shell patterns for names; None takes all that require a gradient.
-
-        Returns:
-            A context manager for the forward pass.
-
-        Raises:
-            InvalidArgument: If a pattern matches no name.
-        """
-        return Recording.of(model, parameters)
 
     def from_recording(
         self, recording: Recording, outputs: Tensor, targets: Any = None, *, loss: Any = None, seed: int | None = None

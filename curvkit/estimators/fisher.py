@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvkit import seeds
-from curvkit.errors import InvalidArgument
+from curvkit.estimators.counts import check_count
 from curvkit.estimators.expected import Expected, refuse_too_large
 from curvkit.estimators.likelihoods import Draw, draw_cotangent, refuse_without_likelihood, weight_of
+from curvkit.estimators.recordings.in_training import InTraining
 from curvkit.estimators.recordings.recording import Recording
 from curvkit.estimators.recordings.training import denominator_of, loss_of, refuse_unfit
 from curvkit.estimators.squares.expectation import expected_squares
@@ -25,7 +26,7 @@ INSTEAD = "Give the data in smaller batches, or use SquaredGradient, which holds
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(InTraining):
     """The diagonal of the Fisher matrix, by targets that are drawn from the model.
 
         F_jj = (1 / W) sum_n E_(y' ~ p(. | x_n)) (d/dtheta_j -log p(y' | x_n))^2
@@ -55,10 +56,7 @@ class Fisher:
 
     def __post_init__(self) -> None:
         """Check the option."""
-        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < 1:
-            raise InvalidArgument(
-                f"Fisher: num_samples={self.num_samples!r} must be an integer >= 1. The default is 1."
-            )
+        check_count("Fisher", "num_samples", self.num_samples, default=1)
 
     def estimate(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
         """Estimate the diagonal; see the class.
@@ -90,21 +88,6 @@ class Fisher:
         return self._made(
             drawn, seed, began, (*notes, *squares.notes, *objective.silenced_notes), expected.peak_bytes(objective)
         )
-
-    def recording(self, model: nn.Module, *, parameters: Any = None) -> Recording:
-        """Record one forward pass of a model in training, which stays as it is.
-
-        Args:
-            model: Whose call is recorded, in whatever mode it is; the first tensor of the call has the examples in dimension 0.
-            parameters: Shell patterns for names; None takes all that require a gradient.
-
-        Returns:
-            A context manager for the forward pass.
-
-        Raises:
-            InvalidArgument: If a pattern matches no name.
-        """
-        return Recording.of(model, parameters)
 
     def from_recording(
         self, recording: Recording, outputs: Tensor, targets: Any = None, *, loss: Any = None, seed: int | None = None

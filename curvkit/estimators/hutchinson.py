@@ -6,23 +6,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from curvkit import seeds
-from curvkit.errors import InvalidArgument
-from curvkit.estimators.expected import Expected
-from curvkit.estimators.products import OperatorDiagonal, estimated_by_products, expected_of_products
+from curvkit.estimators.counts import check_count
+from curvkit.estimators.from_products import FromProducts
+from curvkit.estimators.products import OperatorDiagonal
 from curvkit.estimators.recordings.coverage import refuse_not_finite
-from curvkit.objectives import Objective
-from curvkit.operators import CurvatureOperator, Hessian, Residual
-from curvkit.operators.plan import choose
-from curvkit.results.diagonal_estimate import DiagonalEstimate, DiagonalSamples
+from curvkit.operators import CurvatureOperator
+from curvkit.results.diagonal_estimate import DiagonalSamples
 
 PURPOSE = "hutchinson diagonal"
 VECTORS = 5
 """Of the length of the parameters, beside what a product holds: mean, sum of squares, signs, and two temporaries."""
-INSTEAD = "Use Fisher, which needs no second derivatives, or give the data in smaller batches"
 
 
 @dataclass(frozen=True)
-class Hutchinson:
+class Hutchinson(FromProducts):
     """The diagonal of the Hessian by Hutchinson's probes.
 
         d = (1 / m) sum_i v_i * (H v_i),    v_i in {-1, +1}^n,    E d = diag H
@@ -39,6 +36,7 @@ class Hutchinson:
 
     Example:
         >>> import torch, torch.nn.functional as F
+        >>> from curvkit import Objective
         >>> x = torch.eye(3)
         >>> objective = Objective(torch.nn.Linear(3, 1, bias=False), F.mse_loss, [(x, x[:, :1])])
         >>> Hutchinson(num_probes=2).estimate(objective, seed=0).values["weight"]   # H = 2/3 I: no two probes differ
@@ -46,64 +44,11 @@ class Hutchinson:
     """
 
     num_probes: int = 10
-    matrix: ClassVar[str] = "hessian"
+    instead: ClassVar[str] = "Use Fisher, which needs no second derivatives, or give the data in smaller batches"
 
     def __post_init__(self) -> None:
         """Check the option."""
-        if isinstance(self.num_probes, bool) or not isinstance(self.num_probes, int) or self.num_probes < 1:
-            raise InvalidArgument(
-                f"Hutchinson: num_probes={self.num_probes!r} must be an integer >= 1. The default is 10."
-            )
-
-    def estimate(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
-        """Estimate the diagonal; see the class.
-
-        Args:
-            objective: The function.
-            seed: Of the signs; None draws one.
-
-        Returns:
-            The diagonal, with standard errors from two probes on.
-
-        Raises:
-            UnsupportedModel: If the objective has no second derivatives that could be trusted, or memory does not suffice.
-            CurvkitError: If a product is not finite.
-        """
-        return estimated_by_products(self, Hessian, objective, seed=seed, instead=INSTEAD)
-
-    def estimate_residual(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
-        """Estimate the diagonal of H - G, of the Hessian without the generalised Gauss-Newton matrix.
-
-        Args:
-            objective: The function; its loss takes outputs and targets.
-            seed: Of the signs; None draws one.
-
-        Returns:
-            The diagonal, with standard errors from two probes on.
-
-        Raises:
-            UnsupportedModel: If the objective has no second derivatives that could be trusted, or memory does not suffice.
-            UnknownObjective: If the loss does not take outputs and targets.
-            CurvkitError: If a product is not finite.
-        """
-        return estimated_by_products(self, Residual, objective, seed=seed, instead=INSTEAD)
-
-    def expected(self, objective: Objective) -> Expected:
-        """Count work and memory.
-
-        Args:
-            objective: What will be estimated.
-
-        Returns:
-            Both.
-
-        Raises:
-            CurvkitError: If memory does not suffice for one product.
-
-        Cost: about one gradient of the first batch.
-        """
-        it = objective.raised()
-        return expected_of_products(it, choose(it), Hessian, products=self.num_products, vectors=self.num_vectors)
+        check_count("Hutchinson", "num_probes", self.num_probes, default=10)
 
     @property
     def num_products(self) -> int:
@@ -132,6 +77,7 @@ class Hutchinson:
 
         Example:
             >>> import torch, torch.nn.functional as F
+            >>> from curvkit import Objective
             >>> from curvkit.operators import GGN
             >>> x = torch.eye(2)
             >>> G = GGN(Objective(torch.nn.Linear(2, 1, bias=False), F.mse_loss, [(x, x[:, :1])]))   # I

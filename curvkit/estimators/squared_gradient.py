@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvkit import seeds
 from curvkit.errors import InvalidArgument
+from curvkit.estimators.counts import check_count
 from curvkit.estimators.expected import Expected, held_bytes, refuse_too_large
 from curvkit.estimators.likelihoods import Draw, draw_cotangent, refuse_without_likelihood, weight_of
 from curvkit.estimators.recordings.coverage import refuse_not_finite
+from curvkit.estimators.recordings.in_training import InTraining
 from curvkit.estimators.recordings.recording import Recording
 from curvkit.estimators.recordings.training import denominator_of, loss_of, refuse_other_passes
 from curvkit.objectives import Objective
@@ -26,7 +28,7 @@ INSTEAD = "Give the data in smaller batches, or leave parameters out by patterns
 
 
 @dataclass(frozen=True)
-class SquaredGradient:
+class SquaredGradient(InTraining):
     """IRE's Eq. 6: the squared gradient of a mini-batch with targets drawn from the model, times its number of terms.
 
         h = sum_b (B_b / B) B_b g_b * g_b,    g_b = d/dtheta (1 / B_b) sum_n -log p(y'_n | x_n),    B = sum_b B_b
@@ -53,10 +55,7 @@ class SquaredGradient:
 
     def __post_init__(self) -> None:
         """Check the option."""
-        if isinstance(self.num_batches, bool) or not isinstance(self.num_batches, int) or self.num_batches < 1:
-            raise InvalidArgument(
-                f"SquaredGradient: num_batches={self.num_batches!r} must be an integer >= 1. The default is 1."
-            )
+        check_count("SquaredGradient", "num_batches", self.num_batches, default=1)
 
     def estimate(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
         """Compute h; see the class.
@@ -96,21 +95,6 @@ class SquaredGradient:
         return DiagonalEstimate(
             drawn.mean, drawn.stderr, self.matrix, repr(self), cost, drawn.size, seed, drawn.sums, notes
         )
-
-    def recording(self, model: nn.Module, *, parameters: Any = None) -> Recording:
-        """Record one forward pass of a model in training, which stays as it is.
-
-        Args:
-            model: Whose call is recorded, in whatever mode it is; the first tensor of the call has the examples in dimension 0.
-            parameters: Shell patterns for names; None takes all that require a gradient.
-
-        Returns:
-            A context manager for the forward pass.
-
-        Raises:
-            InvalidArgument: If a pattern matches no name.
-        """
-        return Recording.of(model, parameters)
 
     def from_recording(
         self, recording: Recording, outputs: Tensor, targets: Any = None, *, loss: Any = None, seed: int | None = None

@@ -9,21 +9,18 @@ import torch
 from torch import Tensor
 
 from curvkit.errors import InvalidArgument
-from curvkit.estimators.expected import Expected
-from curvkit.estimators.products import OperatorDiagonal, estimated_by_products, expected_of_products
+from curvkit.estimators.from_products import FromProducts
+from curvkit.estimators.products import OperatorDiagonal
 from curvkit.estimators.recordings.coverage import refuse_not_finite
 from curvkit.linalg import xdiag
-from curvkit.objectives import Objective
-from curvkit.operators import CurvatureOperator, Hessian, Residual
-from curvkit.operators.plan import choose
-from curvkit.results.diagonal_estimate import DiagonalEstimate, DiagonalSamples
+from curvkit.operators import CurvatureOperator
+from curvkit.results.diagonal_estimate import DiagonalSamples
 from curvkit.results.trace_estimate import TraceParts
 
 LEAST = 4
 """Products of two vectors, one of which is left when the other is left out."""
 VECTORS = 15
 """Of the length of the parameters, beside sketch and products: mean, sum of squares, an estimate, and temporaries."""
-INSTEAD = "Take fewer products, leave parameters out by patterns, or use ExampleHutchinson, whose memory does not grow with its probes"
 HEURISTIC = (
     "standard errors are heuristic: the {} estimates share their vectors, and errors of sums may be 1.5 times these"
 )
@@ -31,7 +28,7 @@ EXACT = "{} products with the unit vectors give the diagonal exactly"
 
 
 @dataclass(frozen=True)
-class XDiag:
+class XDiag(FromProducts):
     """The diagonal of the Hessian by XDiag: every vector serves once as the probe and otherwise in the sketch.
 
         d = (1 / k) sum_i d_i,    d_i = diag(H - P_i H P_i) + w_i * (P_i H P_i w_i),    P_i = I - Q_i'Q_i,    Q_i = orth(H w_j, j != i)
@@ -60,6 +57,7 @@ class XDiag:
 
     Example:
         >>> import torch, torch.nn.functional as F
+        >>> from curvkit import Objective
         >>> x = torch.ones(2, 9)
         >>> objective = Objective(torch.nn.Linear(9, 1, bias=False), F.mse_loss, [(x, x[:, :1])])
         >>> found = XDiag(num_products=4).estimate(objective, seed=0)   # H = 2 x'x / 2 has rank one
@@ -68,7 +66,9 @@ class XDiag:
     """
 
     num_products: int = 30
-    matrix: ClassVar[str] = "hessian"
+    instead: ClassVar[str] = (
+        "Take fewer products, leave parameters out by patterns, or use ExampleHutchinson, whose memory does not grow with its probes"
+    )
 
     def __post_init__(self) -> None:
         """Check the option."""
@@ -77,56 +77,6 @@ class XDiag:
                 f"XDiag: num_products={self.num_products!r} must be an integer >= {LEAST}: two for each vector, and one vector left when "
                 "another is left out. The default is 30."
             )
-
-    def estimate(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
-        """Estimate the diagonal; see the class.
-
-        Args:
-            objective: The function.
-            seed: Of the signs; None draws one.
-
-        Returns:
-            The diagonal, with heuristic standard errors; with none where it is exact.
-
-        Raises:
-            UnsupportedModel: If the objective has no second derivatives that could be trusted, or memory does not suffice.
-            CurvkitError: If a product is not finite, or the products are not those of a symmetric matrix.
-        """
-        return estimated_by_products(self, Hessian, objective, seed=seed, instead=INSTEAD)
-
-    def estimate_residual(self, objective: Objective, *, seed: int | None = None) -> DiagonalEstimate:
-        """Estimate the diagonal of H - G, of the Hessian without the generalised Gauss-Newton matrix.
-
-        Args:
-            objective: The function; its loss takes outputs and targets.
-            seed: Of the signs; None draws one.
-
-        Returns:
-            The diagonal, with heuristic standard errors; with none where it is exact.
-
-        Raises:
-            UnsupportedModel: If the objective has no second derivatives that could be trusted, or memory does not suffice.
-            UnknownObjective: If the loss does not take outputs and targets.
-            CurvkitError: If a product is not finite, or the products are not those of a symmetric matrix.
-        """
-        return estimated_by_products(self, Residual, objective, seed=seed, instead=INSTEAD)
-
-    def expected(self, objective: Objective) -> Expected:
-        """Count work and memory.
-
-        Args:
-            objective: What will be estimated.
-
-        Returns:
-            Both.
-
-        Raises:
-            CurvkitError: If memory does not suffice for one product.
-
-        Cost: about one gradient of the first batch.
-        """
-        it = objective.raised()
-        return expected_of_products(it, choose(it), Hessian, products=self.num_products, vectors=self.num_vectors)
 
     @property
     def num_vectors(self) -> int:
