@@ -99,6 +99,7 @@ class XDiag(FromProducts):
 
         Example:
             >>> import torch.nn.functional as F
+            >>> from curvkit import Objective
             >>> from curvkit.operators import GGN
             >>> x = torch.eye(2)
             >>> G = GGN(Objective(torch.nn.Linear(2, 1, bias=False), F.mse_loss, [(x, x[:, :1])]))   # I
