@@ -87,7 +87,8 @@ def _rows(
 ) -> tuple[Row, ...]:
     trace, error = found.trace, 0.0 if found.sums is None else _joined(found, [len(found.values)])[0]
     known = trace != 0.0 and not abs(trace) < FAR * error  # an error that is unknown says nothing
-    errors = [0.0 if found.stderr is None else math.nan] * len(runs)
+    exact = found.stderr is None and found.matrix != "second_moment"  # which training drew, without keeping its spread
+    errors = [0.0 if exact else math.nan] * len(runs)
     if found.sums is not None:
         errors = _joined(found, [len(run) for run in runs])
     made: list[Row] = []

@@ -138,6 +138,8 @@ def _number(value: float) -> str:
 
 def _errors(found: Diagonal) -> str:
     it = found.estimate
+    if it.matrix == "second_moment":
+        return "unknown: the optimizer keeps a running mean and nothing of its spread"
     if it.stderr is None:
         return "none: nothing was sampled"
     if it.samples < 2:
